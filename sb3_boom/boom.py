@@ -1,0 +1,703 @@
+"""BOOM: collect with the planner, store what it did, learn from it."""
+
+import inspect
+import io
+import json
+import pathlib
+import time
+import warnings
+import zipfile
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import polyak_update
+
+from sb3_boom import losses
+from sb3_boom.buffers import SubTrajectories, WeightedReplayBuffer
+from sb3_boom.episode_length import episode_length
+from sb3_boom.losses import LossConfig, UpdateNoise
+from sb3_boom.policies import BOOMPolicy, CnnPolicy, MlpPolicy, MultiInputPolicy, PolicyPrior, finite_actions, is_dog_sized
+
+SelfBOOM = TypeVar("SelfBOOM", bound="BOOM")
+
+FORMAT_VERSION = 1  # of saved archives
+SLOW_ON_CPU = 4_000_000  # parameters
+GATE_WARNING_STEPS = 50_000
+PRETRAIN_CHUNK = 100  # updates between two lines of progress
+
+
+class BOOM(OffPolicyAlgorithm):
+    """
+    Bootstrap Off-policy with World Model (BOOM), https://arxiv.org/abs/2511.00423.
+
+    A planner (MPPI) acts in a learned latent world model. The policy learns from the critics and from what the planner
+    did, softly weighted by value, and starts the next plan. Defaults are the paper's.
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
+    :param env: The environment to learn from (if registered in Gymnasium, can be str)
+    :param learning_rate: learning rate of both Adam optimizers, it can be a function of the current progress remaining
+        (from 1 to 0)
+    :param buffer_size: transitions in the replay buffer
+    :param learning_starts: random steps before the first update, once per model. Default "auto": ``max(1000, 5 T)`` for
+        episodes of ``T`` steps, 2500 if ``T`` is unknown
+    :param batch_size: sub-trajectories ``B`` per update
+    :param tau: ``τ``, Polyak factor of the target critics and of the running Q scale
+    :param gamma: ``γ``, discount. Default "auto": ``(T/5 - 1) / (T/5)`` within [0.95, 0.995], 0.99 if ``T`` is unknown
+    :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
+        like ``(5, "step")`` or ``(2, "episode")``.
+    :param gradient_steps: How many gradient steps to do after each rollout. Set to ``-1`` means to do as many gradient
+        steps as steps done in the environment during the rollout.
+    :param action_noise: the action noise type, added to the planner's own exploration. Default None: none
+    :param replay_buffer_class: a subclass of :class:`~sb3_boom.buffers.WeightedReplayBuffer`, the default
+    :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation, such as
+        ``sampling="episode"`` or ``value_temperature=1.0``. With a ``value_temperature`` the buffer draws by value, so
+        the alignment's own weights become uniform
+    :param optimize_memory_usage: only False: the buffer stores every observation once as it is
+    :param n_steps: only 1: the world model looks ``horizon`` steps ahead instead
+    :param use_sde: only False: the planner explores by itself
+    :param pretrain_steps: updates at the end of warm-up, once per model. Default "auto": ``learning_starts``
+    :param horizon: ``H``, steps of the latent rollout, in learning and planning
+    :param rho: ``ρ``, weight of each rollout step against the one before it
+    :param consistency_coef: weight of the latent consistency loss
+    :param reward_coef: weight of the reward loss
+    :param value_coef: weight of the critics' loss
+    :param termination_coef: weight of the termination loss
+    :param handle_terminations: learn to predict terminations, stop targets and plans there. False: no termination head,
+        every end bootstraps, as the authors' release
+    :param ent_coef: weight of the policy's log-probability, scaled by the action dimension as in the release
+    :param encoder_lr_scale: the encoder's learning rate as a part of ``learning_rate``
+    :param max_grad_norm: The maximum value for the gradient clipping, of either optimizer
+    :param alignment: how the policy is taught by the planner: "release" (default, the program behind the published
+        curves), "forward_kl" (the paper's formula), "reverse_kl" or "none"
+    :param align_coef: weight of the alignment. Default "auto": A/1000 for 24 <= A <= 48 action dimensions, else A/50
+    :param align_weighting: "softmax" (soft value weights, default) or "uniform" over the batch
+    :param align_temperature: ``τ_w``, temperature of the soft value weights; lower favours high values more
+    :param planner: "mppi" or "cem"
+    :param planner_kwargs: what a plan costs: ``n_samples`` (512), ``n_elites`` (64), ``n_policy_samples`` (24),
+        ``n_iterations`` ("auto": 6, or 8 for A >= 20), ``temperature`` (0.5), ``min_std`` (0.05), ``max_std`` (2)
+    :param compile: compile planner and losses with torch.compile. Default "auto": where it works
+    :param policy_kwargs: additional arguments to be passed to the policy on creation, such as
+        ``dict(model_size="tiny")``. See :class:`~sb3_boom.policies.BOOMPolicy`
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average the
+        reported success rate, mean episode length, and mean reward over
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for debug
+        messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run. Setting it to auto, the code will be run on
+        the GPU if possible.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :raises ValueError: for settings outside of these
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: BOOMPolicy
+    replay_buffer: WeightedReplayBuffer | None  # type: ignore[assignment]
+    gamma: Any
+    learning_starts: Any
+
+    def __init__(
+        self,
+        policy: str | type[BOOMPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int | Literal["auto"] = "auto",
+        batch_size: int = 256,
+        tau: float = 0.01,
+        gamma: float | Literal["auto"] = "auto",
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[WeightedReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        use_sde: bool = False,
+        pretrain_steps: int | Literal["auto"] = "auto",
+        horizon: int = 3,
+        rho: float = 0.5,
+        consistency_coef: float = 20.0,
+        reward_coef: float = 0.1,
+        value_coef: float = 0.1,
+        termination_coef: float = 1.0,
+        handle_terminations: bool = True,
+        ent_coef: float = 1e-4,
+        encoder_lr_scale: float = 0.3,
+        max_grad_norm: float = 20.0,
+        alignment: str = "release",
+        align_coef: float | Literal["auto"] = "auto",
+        align_weighting: str = "softmax",
+        align_temperature: float = 1.0,
+        planner: str = "mppi",
+        planner_kwargs: dict[str, Any] | None = None,
+        compile: bool | Literal["auto"] = "auto",
+        policy_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,  # type: ignore[arg-type]  # resolved in _setup_model
+            batch_size,
+            tau,
+            gamma,  # type: ignore[arg-type]  # resolved in _setup_model
+            train_freq,
+            gradient_steps,
+            action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            support_multi_env=True,
+            seed=seed,
+            use_sde=use_sde,
+            sde_support=False,
+            supported_action_spaces=(spaces.Box,),
+        )
+        self.format_version = FORMAT_VERSION
+        self.pretrain_steps: Any = pretrain_steps
+        self.horizon = horizon
+        self.rho = rho
+        self.consistency_coef = consistency_coef
+        self.reward_coef = reward_coef
+        self.value_coef = value_coef
+        self.termination_coef = termination_coef
+        self.handle_terminations = handle_terminations
+        self.ent_coef = ent_coef
+        self.encoder_lr_scale = encoder_lr_scale
+        self.max_grad_norm = max_grad_norm
+        self.alignment = alignment
+        self.align_coef: Any = align_coef
+        self.align_weighting = align_weighting
+        self.align_temperature = align_temperature
+        self.planner = planner
+        self.planner_kwargs = planner_kwargs
+        self.compile = compile
+        self.pretrain_updates = 0  # of pretrain_steps, done so far
+        self._terms: dict[str, th.Tensor] = {}  # sums since the last log
+        self._n_terms = 0
+        self._seconds: dict[str, tuple[float, int]] = {}
+        self._warned: set[str] = set()
+        self._planner_mean: th.Tensor | None = None
+        self._planned: np.ndarray | None = None
+        if _init_setup_model:
+            self._setup_model()
+
+    # -------------------------------------------------------------------- set-up
+
+    def _setup_model(self) -> None:
+        self._check_settings()
+        self._resolve_auto()
+        if self.replay_buffer_class is None:
+            self.replay_buffer_class = WeightedReplayBuffer
+        policy_kwargs, replay_buffer_kwargs = self.policy_kwargs, self.replay_buffer_kwargs
+        # what the policy shares with the algorithm is given once, to the algorithm
+        self.policy_kwargs = {
+            **policy_kwargs,
+            "encoder_lr_scale": self.encoder_lr_scale,
+            "handle_terminations": self.handle_terminations,
+            "planner": self.planner,
+            "planner_kwargs": self.planner_kwargs,
+            "horizon": self.horizon,
+            "gamma": self.gamma,
+            "compile": self.compile,
+        }
+        self.replay_buffer_kwargs = {**replay_buffer_kwargs, "horizon": self.horizon}
+        try:
+            super()._setup_model()
+        finally:
+            self.policy_kwargs, self.replay_buffer_kwargs = policy_kwargs, replay_buffer_kwargs
+
+    def _check_settings(self) -> None:
+        """:raises ValueError: for settings that are unsupported or contradict each other"""
+        unsupported = {
+            "optimize_memory_usage": (False, "the replay buffer stores every observation once as it is"),
+            "n_steps": (1, f"use `horizon` (now {self.horizon}), the steps that the world model looks ahead"),
+            "use_sde": (False, "the planner explores by itself"),
+        }
+        for name, (supported, reason) in unsupported.items():
+            if getattr(self, name) != supported:
+                raise ValueError(f"BOOM supports only {name}={supported}: {reason}")
+        for name, choices in (("alignment", losses.ALIGNMENTS), ("align_weighting", losses.ALIGN_WEIGHTINGS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        for name in ("align_temperature", "batch_size", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("learning_starts", "pretrain_steps", "gamma", "align_coef"):
+            value = getattr(self, name)
+            if value != "auto" and (isinstance(value, str) or value < 0):
+                raise ValueError(f'{name} must be "auto" or a number of at least 0, not {value!r}')
+        if self.replay_buffer_class is not None and not issubclass(self.replay_buffer_class, WeightedReplayBuffer):
+            raise ValueError(
+                f"replay_buffer_class must be a subclass of WeightedReplayBuffer, not {self.replay_buffer_class.__name__}: "
+                "BOOM learns from sub-trajectories and from what the planner did"
+            )
+        known = inspect.signature(BOOMPolicy).parameters
+        custom = {"features_extractor_class"} | set(inspect.signature(self.policy_class).parameters)
+        unknown = sorted(set(self.policy_kwargs) - set(known) - custom)
+        if unknown:
+            raise ValueError(f"unknown policy_kwargs {', '.join(unknown)}: choose among {', '.join(list(known)[3:15])}")
+        owned = {"encoder_lr_scale", "handle_terminations", "planner", "planner_kwargs", "horizon", "gamma", "compile"}
+        misplaced = sorted(owned & set(self.policy_kwargs))
+        if misplaced:
+            raise ValueError(f"{', '.join(misplaced)}: pass to BOOM itself, not in policy_kwargs")
+
+    def _resolve_auto(self) -> None:
+        """Replace every "auto" by the paper's rule."""
+        length = episode_length(self.env)
+        if self.gamma == "auto":
+            self.gamma = 0.99 if length is None else float(np.clip((length / 5 - 1) / (length / 5), 0.95, 0.995))
+        if self.learning_starts == "auto":
+            self.learning_starts = 2500 if length is None else max(1000, 5 * length)
+        if self.pretrain_steps == "auto":
+            self.pretrain_steps = self.learning_starts
+        if self.align_coef == "auto":
+            action_dim = int(np.prod(self.action_space.shape or ()))
+            self.align_coef = action_dim / (1000 if is_dog_sized(action_dim) else 50)
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ):
+        setup = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        check_finite(self._last_original_obs if self._last_original_obs is not None else self._last_obs, "observation", 0)
+        for name in ("gamma", "learning_starts", "pretrain_steps", "align_coef"):
+            self.logger.record(f"config/{name}", getattr(self, name))
+        return setup
+
+    # ---------------------------------------------------------------------- learn
+
+    def learn(
+        self: SelfBOOM,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "BOOM",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfBOOM:
+        """
+        Act, store, update, as in any SB3 algorithm. Random warm-up and pretraining happen once per model.
+
+        :param total_timesteps: The total number of samples (env steps) to train on
+        :param callback: callback(s) called at every step with state of the algorithm.
+        :param log_interval: episodes between two logs
+        :param tb_log_name: the name of the run for TensorBoard logging
+        :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
+        :param progress_bar: Display a progress bar using tqdm and rich.
+        :return: the trained model
+        """
+        total_timesteps, callback = self._setup_learn(
+            int(total_timesteps), callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        callback.on_training_start(locals(), globals())
+        assert self.env is not None and self.replay_buffer is not None
+        # SB3's loop, but for the end of warm-up: SB3 counts it in timesteps, which a second learn() resets
+        while self.num_timesteps < total_timesteps:
+            rollout = self.collect_rollouts(
+                self.env,
+                train_freq=self.train_freq,  # type: ignore[arg-type]
+                action_noise=self.action_noise,
+                callback=callback,
+                learning_starts=self.learning_starts,
+                replay_buffer=self.replay_buffer,
+                log_interval=log_interval,
+            )
+            if not rollout.continue_training:
+                break
+            if not self._in_warmup():
+                self._pretrain()
+                gradient_steps = self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
+                if gradient_steps > 0:
+                    self.train(gradient_steps=gradient_steps, batch_size=self.batch_size)
+        callback.on_training_end()
+        return self
+
+    def _in_warmup(self) -> bool:
+        """Whether actions are still random: until the buffer holds enough to start from, once per model."""
+        assert self.replay_buffer is not None
+        if self.pretrain_updates > 0 or self._n_updates > 0:
+            return False
+        enough = min(self.learning_starts, self.replay_buffer.buffer_size * self.n_envs)
+        return self.replay_buffer.size() * self.n_envs < enough
+
+    def _pretrain(self) -> None:
+        """Update ``pretrain_steps`` times on fresh batches; an interrupted pretraining goes on where it stopped."""
+        while self.pretrain_updates < self.pretrain_steps and self.gradient_steps != 0:
+            if self.verbose >= 1:
+                print(f"Pretraining: update {self.pretrain_updates} of {self.pretrain_steps}")
+            chunk = min(PRETRAIN_CHUNK, self.pretrain_steps - self.pretrain_updates)
+            self.train(gradient_steps=chunk, batch_size=self.batch_size)
+            self.pretrain_updates += chunk
+
+    def train(self, gradient_steps: int, batch_size: int) -> None:
+        """
+        Update world model, critics and policy.
+
+        :param gradient_steps: number of updates
+        :param batch_size: sub-trajectories per update
+        """
+        assert self.replay_buffer is not None
+        start = time.perf_counter()
+        self.policy.set_training_mode(True)
+        self._update_learning_rate([self.policy.model_optimizer, self.policy.actor_optimizer])
+        config = self._loss_config()
+        for _ in range(gradient_steps):
+            batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+            noise = losses.draw_noise(
+                self.horizon,
+                batch_size,
+                self.policy.action_dim,
+                self.policy.critic.n_critics,
+                self.policy.critic.mlp_dim,
+                self.policy.dropout,
+                self.device,
+            )
+            self._update(batch, noise, config)
+        self._n_updates += gradient_steps
+        self._add_seconds("update", time.perf_counter() - start, gradient_steps)
+        self._warn_if_slow()
+
+    def _update(self, batch: SubTrajectories, noise: UpdateNoise, config: LossConfig) -> None:
+        """
+        One update (paper, Algorithm 1; reference, sections 5 and 6).
+
+        :param batch: sub-trajectories
+        :param noise: all of its randomness
+        :param config: coefficients
+        """
+        policy = self.policy
+        features, next_features = self._features(batch.observations)
+
+        # World model and critics: predict latents, rewards, terminations and values along the latent rollout
+        loss, latents, model_terms = policy.compiler(losses.model_loss)(
+            policy.world_model,
+            policy.actor,
+            policy.critic,
+            policy.critic_target,
+            config,
+            features,
+            next_features,
+            batch.actions,
+            batch.rewards,
+            batch.terminations,
+            batch.valid,
+            noise,
+        )
+        grad_norm = self._step(policy.model_optimizer, loss)
+
+        # Policy: maximise value, align with the planner where value is high
+        loss, q_scale, values, policy_terms = policy.compiler(losses.policy_loss)(
+            policy.actor,
+            policy.critic,
+            config,
+            latents,
+            batch.planner_actions,
+            batch.planner_stds,
+            batch.valid,
+            policy.q_scale,
+            noise,
+        )
+        actor_grad_norm = self._step(policy.actor_optimizer, loss)
+
+        with th.no_grad():
+            policy.q_scale.copy_(q_scale)
+            th.maximum(policy.terminations_seen, batch.terminations.amax(), out=policy.terminations_seen)
+        polyak_update(policy.critic.parameters(), policy.critic_target.parameters(), self.tau)
+        self.replay_buffer.update_values(batch.indices, values, batch.valid, q_scale)  # type: ignore[union-attr]
+        self._add_terms({**model_terms, **policy_terms, "grad_norm": grad_norm, "policy_grad_norm": actor_grad_norm})
+
+    def _features(self, observations: Any) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param observations: ``[H+1, B, ...]``, or a dict of such
+        :return: features of the first ones ``[B, F]`` and of the others ``[H, B, F]``, these without gradient
+        """
+        if isinstance(observations, dict):
+            first = {key: value[0] for key, value in observations.items()}
+            following: Any = {key: value[1:].flatten(0, 1) for key, value in observations.items()}
+        else:
+            first, following = observations[0], observations[1:].flatten(0, 1)
+        features = self.policy.features(first)
+        with th.no_grad():
+            next_features = self.policy.features(following)
+        return features, next_features.unflatten(0, (self.horizon, -1))
+
+    def _step(self, optimizer: th.optim.Optimizer, loss: th.Tensor) -> th.Tensor:
+        """
+        :param optimizer: steps its parameters down the gradient of the loss, clipped
+        :param loss: scalar
+        :return: norm of the gradient before clipping
+        """
+        optimizer.zero_grad()
+        loss.backward()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        optimizer.step()
+        return norm
+
+    def _loss_config(self) -> LossConfig:
+        # a buffer that draws by value has weighted the batch already
+        drawn_by_value = self.replay_buffer is not None and self.replay_buffer.value_temperature is not None
+        return LossConfig(
+            gamma=self.gamma,
+            rho=self.rho,
+            consistency_coef=self.consistency_coef,
+            reward_coef=self.reward_coef,
+            value_coef=self.value_coef,
+            termination_coef=self.termination_coef,
+            ent_coef=self.ent_coef,
+            alignment=self.alignment,
+            align_coef=self.align_coef,
+            align_weighting="uniform" if drawn_by_value else self.align_weighting,
+            align_temperature=self.align_temperature,
+            tau=self.tau,
+        )
+
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        super()._update_learning_rate(optimizers)
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            for group in optimizer.param_groups:
+                group["lr"] *= group["lr_scale"]
+
+    # -------------------------------------------------------------------- collect
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self._in_warmup():
+            self._planned = None
+            scaled = self.policy.scale_action(np.array([self.action_space.sample() for _ in range(n_envs)]))
+            scaled = np.clip(scaled.reshape(n_envs, -1), -1.0, 1.0)
+        else:
+            start = time.perf_counter()
+            scaled = self._plan(n_envs)
+            self._add_seconds("plan", time.perf_counter() - start, 1)
+        if action_noise is not None:
+            scaled = np.clip(scaled + np.asarray(action_noise()).reshape(-1, scaled.shape[1]), -1.0, 1.0)
+        return self.policy.to_action_space(scaled), scaled
+
+    def _plan(self, n_envs: int) -> np.ndarray:
+        """
+        Plan for all environments at once, each from its own last plan.
+
+        :param n_envs: ``E``
+        :return: exploratory actions in [-1, 1], ``[E, A]``
+        """
+        assert self._last_obs is not None and self._last_episode_starts is not None
+        self.policy.set_training_mode(False)
+        obs, _ = self.policy.obs_to_tensor(self._last_obs)  # type: ignore[arg-type]
+        mean = self._planner_mean
+        if mean is None or len(mean) != n_envs:
+            mean = self.policy.initial_mean(n_envs)
+        starts = th.as_tensor(self._last_episode_starts, dtype=th.bool, device=mean.device)
+        plan = self.policy.plan(obs, mean.masked_fill(starts.view(-1, 1, 1), 0.0))
+        self._planner_mean = plan.mean
+        planned = finite_actions(th.cat([plan.exploratory_action, plan.planner_action, plan.planner_std], dim=1))
+        scaled, self._planned = np.split(planned, [self.policy.action_dim], axis=1)
+        return scaled
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        normalizer = self._vec_normalize_env
+        raw_obs = new_obs if normalizer is None else normalizer.get_original_obs()
+        check_finite(raw_obs, "observation", self.num_timesteps)
+        check_finite(reward if normalizer is None else normalizer.get_original_reward(), "reward", self.num_timesteps)
+        for i in np.flatnonzero(dones):
+            if (final := infos[i].get("terminal_observation")) is not None:
+                check_finite(final, "observation", self.num_timesteps, env_index=int(i))
+        if self._planned is not None:
+            planner_action, planner_std = np.split(self._planned, 2, axis=1)
+            for i, info in enumerate(infos):
+                info["planner_action"], info["planner_std"] = planner_action[i], planner_std[i]
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        self._last_episode_starts = dones
+
+    # -------------------------------------------------------------------- predict
+
+    @property
+    def prior(self) -> PolicyPrior:
+        """The policy without planning; has ``predict``, so that ``evaluate_policy(model.prior, env)`` works."""
+        return PolicyPrior(self.policy)
+
+    # ------------------------------------------------------------------------ log
+
+    def _add_terms(self, terms: dict[str, th.Tensor]) -> None:
+        """Sum up what was measured, on the device. :param terms: scalars by name"""
+        if self._terms.keys() != terms.keys():
+            self._terms = {name: th.zeros_like(term) for name, term in terms.items()}
+            self._n_terms = 0
+        th._foreach_add_(list(self._terms.values()), list(terms.values()))
+        self._n_terms += 1
+
+    def _add_seconds(self, name: str, seconds: float, count: int) -> None:
+        total, n = self._seconds.get(name, (0.0, 0))
+        self._seconds[name] = (total + seconds, n + count)
+
+    def dump_logs(self) -> None:
+        """Write log data: losses and times are means since the last call."""
+        if self._n_terms > 0:
+            values = (th.stack(list(self._terms.values())) / self._n_terms).tolist()
+            for name, value in zip(self._terms, values, strict=True):
+                self.logger.record(f"train/{name}", value)
+            self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+            self._warn_if_never_aligned(dict(zip(self._terms, values, strict=True))["align_active"])
+            self._terms, self._n_terms = {}, 0
+        for name, (total, n) in self._seconds.items():
+            self.logger.record(f"time/{name}_ms", 1000.0 * total / n)
+        self._seconds = {}
+        super().dump_logs()
+
+    def _warn_if_never_aligned(self, align_active: float) -> None:
+        if align_active > 0.0 or self.alignment == "none":
+            self._warned.add("alignment")  # it can be on: no warning needed any more
+        elif self.num_timesteps >= GATE_WARNING_STEPS and "alignment" not in self._warned:
+            self._warned.add("alignment")
+            warnings.warn(
+                f"the policy was never aligned with the planner in {self.num_timesteps} steps: the Q scale stays at or below "
+                f'{losses.GATE_SCALE}, where alignment="release" is off. Scale rewards up, or use alignment="forward_kl".',
+                stacklevel=2,
+            )
+
+    def _warn_if_slow(self) -> None:
+        """Once, on a CPU: what a step of a large model costs."""
+        if self.device.type != "cpu" or "slow" in self._warned or self._n_updates < 20 or "plan" not in self._seconds:
+            return
+        self._warned.add("slow")
+        if sum(parameter.numel() for parameter in self.policy.parameters()) < SLOW_ON_CPU:
+            return
+        milliseconds = sum(1000.0 * total / n for total, n in self._seconds.values())
+        warnings.warn(
+            f"one step of this model takes about {milliseconds:.0f} ms on this CPU. "
+            'policy_kwargs=dict(model_size="tiny") with fewer planner samples takes a fraction of it.',
+            stacklevel=2,
+        )
+
+    # ---------------------------------------------------------------- save, load
+
+    def _excluded_save_params(self) -> list[str]:
+        own = ["_terms", "_n_terms", "_seconds", "_planner_mean", "_planned"]
+        return [*super()._excluded_save_params(), *own]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.model_optimizer", "policy.actor_optimizer"], []
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls: type[SelfBOOM],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs,
+    ) -> SelfBOOM:
+        """
+        Load the model from a zip-file. See :meth:`stable_baselines3.common.base_class.BaseAlgorithm.load`.
+
+        :param path: path to the file (or a file-like) where to load the agent from
+        :param env: the new environment to run the loaded model on (can be None if you only need prediction)
+        :param device: Device on which the code should run.
+        :param custom_objects: objects to use instead of the stored ones, by name
+        :param print_system_info: Whether to print system info from the saved model and the current system info
+        :param force_reset: Force call to ``reset()`` before training to avoid unexpected behavior.
+        :param kwargs: constructor arguments to change when loading
+        :return: new model instance with loaded parameters
+        :raises ValueError: for a file that is no archive of BOOM, or of a later format
+        :raises TypeError: for an argument that the constructor does not have
+        """
+        check_archive(path)
+        known = inspect.signature(BOOM).parameters
+        unknown = sorted(set(kwargs) - set(known))
+        if unknown:
+            raise TypeError(f"BOOM.load() got unexpected arguments {', '.join(unknown)}: choose among {', '.join(known)}")
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+
+def check_archive(path: str | pathlib.Path | io.BufferedIOBase) -> None:
+    """
+    Look at the names and the format version of a saved model, without unpickling anything.
+
+    :param path: path to the file (or a file-like)
+    :raises ValueError: for a file that is no archive of BOOM, or of a later format
+    """
+    file = open_path(path, "r", verbose=0, suffix="zip")
+    start = file.tell()
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = set(archive.namelist())
+            version = json.loads(archive.read("data")).get("format_version") if "data" in names else None
+    except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no BOOM model: it is not a readable zip archive ({error})") from error
+    finally:
+        if isinstance(path, (str, pathlib.Path)):
+            file.close()
+        else:
+            file.seek(start)
+    if "policy.model_optimizer.pth" not in names or not isinstance(version, int):
+        raise ValueError(f"{path} is no BOOM model: it was saved by another algorithm. Load it with the class that saved it")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, this sb3_boom reads up to {FORMAT_VERSION}: upgrade sb3_boom to load it"
+        )
+
+
+def check_finite(values: Any, what: str, step: int, env_index: int | None = None) -> None:
+    """
+    Stop before a NaN spreads from an environment into buffer and networks.
+
+    :param values: array or dict of arrays; the first dimension is the environments', if ``env_index`` is None
+    :param what: name for the message
+    :param step: timestep for the message
+    :param env_index: the one environment that ``values`` are from
+    :raises ValueError: if a value is NaN or infinite
+    """
+    for value in values.values() if isinstance(values, dict) else [values]:
+        array = np.asarray(value)
+        if not np.issubdtype(array.dtype, np.floating) or np.isfinite(array).all():
+            continue
+        if env_index is None:
+            env_index = int(np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))[0])
+        raise ValueError(
+            f"environment {env_index} returned a {what} that is NaN or infinite at step {step}: "
+            "mend the environment, or wrap it so that it clips or ends the episode there"
+        )
+
+

@@ -1,0 +1,398 @@
+"""The replay buffer: sub-trajectories with what the planner did."""
+
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
+from stable_baselines3.common.vec_env import VecNormalize
+
+WARMUP_STD = float(np.exp(2.0))  # std stored with actions that no planner made: the policy's widest
+SAMPLINGS = ("uniform", "episode")
+
+TensorObs: TypeAlias = th.Tensor | dict[str, th.Tensor]
+
+
+class SubTrajectories(NamedTuple):
+    """
+    ``B`` windows of ``H`` steps; a window that runs past its episode's end is masked there.
+
+    :param observations: ``[H+1, B, ...]``, a dict of such for Dict spaces
+    :param actions: in [-1, 1], ``[H, B, A]``
+    :param planner_actions: the planner's choice before exploration noise, ``a_β``, ``[H, B, A]``
+    :param planner_stds: std of the planner's last distribution, ``σ_β``, ``[H, B, A]``
+    :param rewards: ``[H, B, 1]``
+    :param terminations: 1 where the step ended the episode by termination, not by truncation, ``[H, B, 1]``
+    :param valid: bool, whether step t belongs to the window's episode (its last step does), ``[H, B, 1]``
+    :param indices: flat index of every step's transition, for :meth:`WeightedReplayBuffer.update_values`, ``[H, B]``
+    """
+
+    observations: TensorObs
+    actions: th.Tensor
+    planner_actions: th.Tensor
+    planner_stds: th.Tensor
+    rewards: th.Tensor
+    terminations: th.Tensor
+    valid: th.Tensor
+    indices: th.Tensor
+
+
+class WeightedReplayBuffer(ReplayBuffer):
+    """
+    Replay buffer for BOOM: draws windows of consecutive steps.
+
+    Every environment has a ring of transitions that stores each observation once. The observation after a transition
+    is the next row's, unless the episode ends there, or the data does: then ``final_slot`` says where it is kept
+    apart. A window stops at the first such row, so none crosses an episode or the write head, and every stored
+    transition can start one. Storage is allocated by the first :meth:`add`.
+
+    :param buffer_size: transitions held by all environments together
+    :param observation_space: any that SB3 preprocesses, Dict included
+    :param action_space: Box
+    :param device: where samples go, and the storage too if it fits
+    :param n_envs: number of environments
+    :param optimize_memory_usage: must be False: observations are stored once as it is
+    :param horizon: ``H``, steps of a window; default 3
+    :param sampling: "uniform" over transitions (default), or "episode" as the authors' release: first a finished episode
+        longer than ``horizon``, then a window inside it, which over-draws short episodes
+    :param value_temperature: ``τ``: draw half of the windows by ``softmax(Q / (S τ))`` of their first transition, half
+        uniformly; :meth:`update_values` keeps the values. Default None: no value weighting. Costs a pass over all
+        stored values per draw.
+    :raises ValueError: for settings outside of these
+    """
+
+    obs_shape: Any
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        device: th.device | str = "auto",
+        n_envs: int = 1,
+        optimize_memory_usage: bool = False,
+        horizon: int = 3,
+        sampling: str = "uniform",
+        value_temperature: float | None = None,
+    ) -> None:
+        # ReplayBuffer's own constructor would allocate its flat arrays
+        BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
+        if optimize_memory_usage:
+            raise ValueError("optimize_memory_usage must be False: WeightedReplayBuffer stores every observation once as it is")
+        if horizon < 1:
+            raise ValueError(f"horizon must be at least 1, not {horizon}")
+        if sampling not in SAMPLINGS:
+            raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, not {sampling!r}")
+        if value_temperature is not None and value_temperature <= 0.0:
+            raise ValueError(f"value_temperature must be positive or None, not {value_temperature}")
+        if value_temperature is not None and sampling != "uniform":
+            raise ValueError('value_temperature draws transitions, so it needs sampling="uniform"')
+        self.buffer_size = max(buffer_size // n_envs, 1)
+        self.optimize_memory_usage = False
+        self.handle_timeout_termination = True
+        self.horizon = horizon
+        self.sampling = sampling
+        self.value_temperature = value_temperature
+        self._storage: dict[str, th.Tensor] = {}
+        self._final_observations: dict[str, th.Tensor] = {}
+        self._free_slots = np.empty(0, dtype=np.int32)
+        self._last_next_obs: dict[str, np.ndarray] = {}
+        self._episode_open = np.zeros(self.n_envs, dtype=bool)
+
+    # ------------------------------------------------------------------ storing
+
+    def add(
+        self,
+        obs: np.ndarray | dict[str, np.ndarray],
+        next_obs: np.ndarray | dict[str, np.ndarray],
+        action: np.ndarray,
+        reward: np.ndarray,
+        done: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """
+        Store one transition of every environment.
+
+        An environment whose ``obs`` is not its previous ``next_obs`` was reset without a ``done`` (a second ``learn``,
+        ``set_env``, a load): its episode is closed as truncated.
+
+        :param obs: ``[n_envs, ...]``
+        :param next_obs: ``[n_envs, ...]``, the final observation where ``done``
+        :param action: scaled to [-1, 1], ``[n_envs, A]``
+        :param reward: ``[n_envs]``
+        :param done: whether the episode ended, either way, ``[n_envs]``
+        :param infos: per environment; ``planner_action`` and ``planner_std`` (both ``[A]``) default to the action and
+            ``e²``, ``TimeLimit.truncated`` tells a truncation from a termination
+        """
+        obs_rows, next_rows = self._as_rows(obs), self._as_rows(next_obs)
+        if not self._storage:
+            self._allocate(next_rows)
+        done = np.asarray(done, dtype=bool).reshape(self.n_envs)
+        self._link_to_previous(obs_rows)
+
+        pos = self.pos
+        if self.full:
+            self._free(self._storage["final_slot"][pos].cpu().numpy())
+        slots = np.arange(self.n_envs, dtype=np.int32)  # the newest row's next observation has its environment's own slot
+        ended = done.nonzero()[0]
+        if len(ended):
+            slots[ended] = self._take_slots(len(ended))
+        action = np.asarray(action, dtype=np.float32).reshape(self.n_envs, self.action_dim)
+        planner_action, planner_std = action, np.full_like(action, WARMUP_STD)
+        if any("planner_action" in info for info in infos):
+            planner_action, planner_std = planner_action.copy(), planner_std.copy()
+            for i, info in enumerate(infos):
+                if "planner_action" in info:
+                    planner_action[i], planner_std[i] = info["planner_action"], info["planner_std"]
+        truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
+
+        steps = np.concatenate([action, planner_action, planner_std], axis=1)
+        self._write("steps", pos, steps)
+        self._write("rewards", pos, np.asarray(reward, dtype=np.float32).reshape(self.n_envs))
+        self._write("terminations", pos, done & ~truncated)
+        self._write("final_slot", pos, slots)
+        slot_index = th.from_numpy(slots.astype(np.int64))
+        for key, rows in obs_rows.items():
+            self._write(f"obs/{key}", pos, rows)
+            finals = self._final_observations[key]
+            finals[slot_index.to(finals.device)] = th.from_numpy(next_rows[key]).to(finals.device)
+        if self.value_temperature is not None:
+            self._storage["values"][pos] = self._mean_value()
+        self._last_next_obs, self._episode_open = next_rows, ~done
+
+        self.pos += 1
+        if self.pos == self.buffer_size:
+            self.full, self.pos = True, 0
+
+    def _as_rows(self, obs: np.ndarray | dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Observations by key ("" where the space is no Dict), as they are stored, ``[n_envs, ...]``, always a copy."""
+        by_key = obs if isinstance(obs, dict) else {"": obs}
+        shapes = self.obs_shape if isinstance(self.obs_shape, dict) else {"": self.obs_shape}
+        rows = {}
+        for key, shape in shapes.items():
+            value = np.asarray(by_key[key])
+            dtype = np.dtype(np.float32) if value.dtype == np.float64 else value.dtype
+            rows[key] = np.array(value, dtype=dtype).reshape(self.n_envs, *shape)
+        return rows
+
+    def _allocate(self, rows: dict[str, np.ndarray]) -> None:
+        """Make the rings. :param rows: observations whose dtype and shape to take, ``[n_envs, ...]``"""
+        shape = (self.buffer_size, self.n_envs)
+        n_finals = self.n_envs + self.buffer_size * self.n_envs // 20 + 1
+        row_bytes = sum(row.nbytes for row in rows.values()) // self.n_envs
+        device = self._storage_device(shape[0] * shape[1] * (row_bytes + 12 * self.action_dim + 16))
+        zeros = {
+            "steps": ((3 * self.action_dim,), th.float32),
+            "rewards": ((), th.float32),
+            "terminations": ((), th.bool),
+            "final_slot": ((), th.int32),
+        }
+        if self.value_temperature is not None:
+            zeros["values"] = ((), th.float32)
+        self._storage = {name: th.zeros(*shape, *tail, dtype=dtype, device=device) for name, (tail, dtype) in zeros.items()}
+        self._storage["final_slot"].fill_(-1)
+        for key, row in rows.items():
+            like = th.from_numpy(row)
+            self._storage[f"obs/{key}"] = th.zeros(*shape, *like.shape[1:], dtype=like.dtype, device=device)
+            self._final_observations[key] = th.zeros(n_finals, *like.shape[1:], dtype=like.dtype, device=device)
+        self._free_slots = np.arange(n_finals - 1, self.n_envs - 1, -1, dtype=np.int32)
+
+    def _storage_device(self, n_bytes: int) -> th.device:
+        """The samples' device if half of its free memory holds the storage, else the CPU."""
+        if self.device.type == "cuda" and n_bytes > 0.5 * th.cuda.mem_get_info(self.device)[0]:
+            return th.device("cpu")
+        return self.device
+
+    def _write(self, name: str, pos: int, rows: np.ndarray) -> None:
+        self._storage[name][pos].copy_(th.from_numpy(rows))
+
+    def _link_to_previous(self, obs_rows: dict[str, np.ndarray]) -> None:
+        """Join the last transition of every environment to the one about to be stored, or close its episode."""
+        if not self._episode_open.any():
+            return
+        continues = self._episode_open.copy()
+        for key, rows in obs_rows.items():
+            equal = rows == self._last_next_obs[key]
+            continues &= equal.reshape(self.n_envs, -1).all(axis=1)
+        last = self._storage["final_slot"][self.pos - 1]
+        last_slots = last.cpu().numpy().copy()
+        last_slots[continues] = -1
+        closed = (self._episode_open & ~continues).nonzero()[0]
+        if len(closed):
+            last_slots[closed] = self._take_slots(len(closed))
+            for finals in self._final_observations.values():
+                finals[th.from_numpy(last_slots[closed].astype(np.int64))] = finals[th.from_numpy(closed)]
+        last.copy_(th.from_numpy(last_slots))
+
+    def _take_slots(self, n: int) -> np.ndarray:
+        """Reserve ``n`` places for final observations, growing the store where episodes are short."""
+        if n > len(self._free_slots):
+            size = len(next(iter(self._final_observations.values())))
+            extra = max(n, size // 2)
+            self._final_observations = {
+                key: th.cat([finals, finals.new_zeros(extra, *finals.shape[1:])])
+                for key, finals in self._final_observations.items()
+            }
+            self._free_slots = np.concatenate([np.arange(size + extra - 1, size - 1, -1, dtype=np.int32), self._free_slots])
+        taken, self._free_slots = self._free_slots[-n:], self._free_slots[:-n]
+        return taken
+
+    def _free(self, slots: np.ndarray) -> None:
+        """Give back the places of rows about to be overwritten (an environment's own slot is never given back)."""
+        freed = slots[slots >= self.n_envs]
+        if len(freed):
+            self._free_slots = np.concatenate([self._free_slots, freed])
+
+    # ----------------------------------------------------------------- sampling
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> SubTrajectories:  # type: ignore[override]
+        """
+        Draw windows of ``horizon`` steps.
+
+        :param batch_size: number of windows ``B``
+        :param env: normalises observations and rewards with its current statistics
+        :return: the windows
+        :raises ValueError: if there is nothing to draw from
+        """
+        if self.size() == 0:
+            raise ValueError("the replay buffer is empty: store transitions (or call learn) before sampling")
+        start, env_index = self._draw_by_episode(batch_size) if self.sampling == "episode" else self._draw(batch_size)
+        steps = th.arange(self.horizon, device=start.device).unsqueeze(1)
+        indices = (start + steps) % self.buffer_size * self.n_envs + env_index  # [H, B]
+
+        slots = self._flat("final_slot")[indices]
+        ends = slots >= 0
+        # a step is valid if no earlier one ended the episode
+        valid = th.cat([th.zeros_like(ends[:1]), ends[:-1]]).cumsum(0) == 0
+        obs = {key: self._observations(key, indices, slots) for key in self._final_observations}
+        actions, planner_actions, planner_stds = self._flat("steps")[indices].split(self.action_dim, dim=-1)
+        rewards = self._flat("rewards")[indices]
+        if env is not None:
+            obs, rewards = self._normalize(obs, rewards, env)
+        batch = SubTrajectories(
+            obs if isinstance(self.obs_shape, dict) else obs[""],  # type: ignore[arg-type]
+            actions,
+            planner_actions,
+            planner_stds,
+            rewards.unsqueeze(-1),
+            self._flat("terminations")[indices].unsqueeze(-1).float(),
+            valid.unsqueeze(-1),
+            indices,
+        )
+        if indices.device == self.device:
+            return batch
+        return SubTrajectories(*(self._to_device(x) for x in batch))
+
+    def _flat(self, name: str) -> th.Tensor:
+        return self._storage[name].flatten(0, 1)
+
+    def _to_device(self, x: TensorObs) -> Any:
+        if isinstance(x, dict):
+            return {key: value.to(self.device) for key, value in x.items()}
+        return x.to(self.device)
+
+    def _draw(self, batch_size: int) -> tuple[th.Tensor, th.Tensor]:
+        """First rows and environments of windows, ``[B]`` each; uniform, or half of them by value."""
+        device = self._storage["rewards"].device
+        index = th.randint(self.size() * self.n_envs, (batch_size,), device=device)
+        if self.value_temperature is not None:
+            values = self._flat("values")[: self.size() * self.n_envs].double()
+            cumulated = (values / self.value_temperature).softmax(0).cumsum(0)
+            # the last sum is 1 only up to rounding, so scale the draw to it
+            draw = th.rand(batch_size, device=device, dtype=cumulated.dtype) * cumulated[-1]
+            by_value = th.searchsorted(cumulated, draw, right=True).clamp(max=len(cumulated) - 1)
+            index = th.where(th.rand(batch_size, device=device) < 0.5, by_value, index)
+        return index // self.n_envs, index % self.n_envs
+
+    def _draw_by_episode(self, batch_size: int) -> tuple[th.Tensor, th.Tensor]:
+        """First rows and environments of windows inside uniformly drawn finished episodes, ``[B]`` each."""
+        first = self.pos if self.full else 0  # the oldest row
+        slots = self._storage["final_slot"].roll(-first, 0)[: self.size()].t()  # [n_envs, size], oldest first
+        env_index, end = (slots >= self.n_envs).nonzero(as_tuple=True)
+        previous_end = th.cat([end.new_full((1,), -1), end[:-1]])
+        new_env = th.cat([env_index.new_full((1,), -1), env_index[:-1]]) != env_index
+        begin = th.where(new_env, 0, previous_end + 1)
+        long_enough = end - begin + 1 > self.horizon
+        begin, end, env_index = begin[long_enough], end[long_enough], env_index[long_enough]
+        if len(begin) == 0:
+            raise ValueError(
+                f'sampling="episode" found no finished episode longer than horizon={self.horizon}: '
+                'collect one first (learning_starts), or use sampling="uniform"'
+            )
+        episode = th.randint(len(begin), (batch_size,), device=begin.device)
+        n_windows = (end - begin + 2 - self.horizon)[episode]
+        offset = (th.rand(batch_size, device=begin.device) * n_windows).long().clamp(max=n_windows - 1)
+        return (begin[episode] + offset + first) % self.buffer_size, env_index[episode]
+
+    def _observations(self, key: str, indices: th.Tensor, slots: th.Tensor) -> th.Tensor:
+        """
+        :param indices: flat indices of the steps, ``[H, B]``
+        :param slots: where the observation after a step is kept apart, else -1, ``[H, B]``
+        :return: observations before and after the steps, ``[H+1, B, ...]``
+        """
+        stored, finals = self._flat(f"obs/{key}"), self._final_observations[key]
+        following = (indices // self.n_envs + 1) % self.buffer_size * self.n_envs + indices % self.n_envs
+        kept_apart = (slots >= 0).view(*slots.shape, *[1] * (stored.ndim - 1))
+        next_obs = th.where(kept_apart, finals[slots.clamp(min=0).long()], stored[following])
+        return th.cat([stored[indices[:1]], next_obs])
+
+    @staticmethod
+    def _normalize(
+        obs: dict[str, th.Tensor], rewards: th.Tensor, env: VecNormalize
+    ) -> tuple[dict[str, th.Tensor], th.Tensor]:
+        """VecNormalize's arithmetic, where the data lies."""
+        if env.norm_obs:
+            obs = dict(obs)
+            for key in env.norm_obs_keys or [""]:
+                rms = env.obs_rms[key] if isinstance(env.obs_rms, dict) else env.obs_rms
+                mean, std = (
+                    th.as_tensor(x, dtype=th.float32, device=obs[key].device)
+                    for x in (rms.mean, np.sqrt(rms.var + env.epsilon))
+                )
+                obs[key] = ((obs[key] - mean) / std).clamp(-env.clip_obs, env.clip_obs)
+        if env.norm_reward:
+            rewards = (rewards / float(np.sqrt(env.ret_rms.var + env.epsilon))).clamp(-env.clip_reward, env.clip_reward)
+        return obs, rewards
+
+    # ------------------------------------------------------------ value weights
+
+    def update_values(self, indices: th.Tensor, values: th.Tensor, valid: th.Tensor, scale: th.Tensor | float) -> None:
+        """
+        Refresh the values that weighted drawing goes by; does nothing without ``value_temperature``.
+
+        :param indices: from a sample, ``[H, B]``
+        :param values: Q-values of these transitions, ``[H, B, 1]``
+        :param valid: from the same sample, ``[H, B, 1]``
+        :param scale: Q scale ``S``
+        """
+        if self.value_temperature is None:
+            return
+        stored = self._flat("values")
+        mask = valid.squeeze(-1).to(stored.device)
+        scaled = (values / scale).squeeze(-1).to(stored.device)
+        stored[indices.to(stored.device)[mask]] = scaled[mask].to(stored.dtype)
+
+    def _mean_value(self) -> th.Tensor | float:
+        """Mean value of what is stored: what new transitions start from."""
+        n_rows = self.size()
+        return self._storage["values"][:n_rows].mean() if n_rows else 0.0
+
+    # -------------------------------------------------------------------- SB3's
+
+    def reset(self) -> None:
+        """Forget everything stored."""
+        super().reset()
+        self._storage, self._final_observations, self._last_next_obs = {}, {}, {}
+        self._episode_open = np.zeros(self.n_envs, dtype=bool)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in ("_storage", "_final_observations"):
+            state[name] = {key: tensor.cpu().numpy() for key, tensor in state[name].items()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for name in ("_storage", "_final_observations"):
+            setattr(self, name, {key: th.from_numpy(np.array(array)) for key, array in state[name].items()})

@@ -1,0 +1,69 @@
+"""torch.compile where it works (torch only)."""
+
+import functools
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+
+import torch as th
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """
+    Compile a function, once per process. Graphs are specialised on shapes, and kept out of models and their pickles.
+
+    :param function: a function of tensors, modules and constants without graph breaks
+    :return: the compiled function, which compiles at its first call
+    """
+    return th.compile(function, fullgraph=True, dynamic=False)
+
+
+def eager(function: Callable) -> Callable:
+    """
+    :param function: any
+    :return: the same
+    """
+    return function
+
+
+@functools.cache
+def compiler_works(device_type: str) -> bool:
+    """
+    Whether torch.compile can make kernels here: tried once per process, on a trivial function.
+
+    :param device_type: "cpu" or "cuda"
+    :return: True if so; else a warning has told why not
+    """
+    reason: object = None
+    if device_type == "cpu" and not any(shutil.which(cxx) for cxx in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        reason = "no C++ compiler found; on Debian, `apt install g++ python3-dev` brings one"
+    else:
+        try:
+            th.compile(lambda x: (x + 1.0).relu(), dynamic=False)(th.zeros(8, device=device_type))
+        except Exception as error:  # a missing header, an unwritable cache, an old driver: all mean eager
+            reason = str(error).strip().splitlines()[0]
+    if reason is not None:
+        warnings.warn(
+            f"BOOM runs without torch.compile, several times slower ({reason}). Pass compile=False to silence this.",
+            stacklevel=2,
+        )
+    return reason is None
+
+
+def choose_compiler(setting: bool | str, device: th.device) -> Callable[[Callable], Callable]:
+    """
+    :param setting: True, False, or "auto": compile where it works
+    :param device: where the networks live
+    :return: :func:`compiled` or :func:`eager`
+    :raises ValueError: for another setting
+    """
+    if setting not in (True, False, "auto"):
+        raise ValueError(f'compile must be True, False or "auto", not {setting!r}')
+    if setting is True or (setting == "auto" and compiler_works(device.type)):
+        return compiled
+    return eager

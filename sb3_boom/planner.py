@@ -1,0 +1,291 @@
+"""
+Planning in the world model: MPPI and CEM.
+
+Pure functions of networks, latents and noise (torch only), batched over ``E`` environments. Shapes: ``H`` horizon,
+``N`` samples, ``K`` elites, ``P`` policy trajectories, ``A`` action dimensions, ``L`` latent dimensions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch as th
+
+from sb3_boom.actor import Actor
+from sb3_boom.critic import Critic, draw_pairs
+from sb3_boom.world_model import WorldModel
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """
+    What a plan costs and how it is made (paper, MPPI; TD-MPC2's defaults).
+
+    :param n_samples: action sequences ``N`` scored in every iteration, policy trajectories included
+    :param n_elites: best sequences ``K`` that shape the next distribution
+    :param n_policy_samples: of the samples, the ``P`` that are rolled out by the policy
+    :param n_iterations: refinements of the distribution
+    :param temperature: of the elites' weights ``exp(temperature * (value - best))``; unused by CEM
+    :param min_std: lower bound of the sampling std
+    :param max_std: upper bound of the sampling std, and its start
+    :param horizon: steps ``H`` looked ahead before the critics take over
+    :param gamma: discount
+    :param uniform_elites: weigh all elites alike, which is CEM
+    :raises ValueError: for settings that no plan can be made with
+    """
+
+    n_samples: int = 512
+    n_elites: int = 64
+    n_policy_samples: int = 24
+    n_iterations: int = 6
+    temperature: float = 0.5
+    min_std: float = 0.05
+    max_std: float = 2.0
+    horizon: int = 3
+    gamma: float = 0.99
+    uniform_elites: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("n_samples", "n_elites", "n_iterations", "horizon"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        if self.n_elites > self.n_samples:
+            raise ValueError(f"n_elites={self.n_elites} is more than n_samples={self.n_samples}: elites are chosen among them")
+        if not 0 <= self.n_policy_samples <= self.n_samples:
+            raise ValueError(f"n_policy_samples={self.n_policy_samples} must be between 0 and n_samples={self.n_samples}")
+        if not 0.0 < self.min_std <= self.max_std:
+            raise ValueError(f"0 < min_std <= max_std is needed, not min_std={self.min_std}, max_std={self.max_std}")
+        if self.temperature <= 0.0:
+            raise ValueError(f"temperature must be positive, not {self.temperature}")
+
+
+class PlannerNoise(NamedTuple):
+    """
+    All the randomness of one plan: standard normal, but for the last two.
+
+    :param policy: ``[H, E, P, A]``, the policy trajectories'
+    :param candidates: ``[I, H, E, N-P, A]``, the sampled sequences' of every iteration
+    :param terminal: ``[I, E, N, A]``, the policy's at the horizon
+    :param exploration: ``[E, A]``, added to the chosen action while training
+    :param elite: ``[E, K]`` standard Gumbel, picks the elite; zeros pick the heaviest
+    :param critic_pairs: ``[I, 2]`` int64, the critics used in every iteration
+    """
+
+    policy: th.Tensor
+    candidates: th.Tensor
+    terminal: th.Tensor
+    exploration: th.Tensor
+    elite: th.Tensor
+    critic_pairs: th.Tensor
+
+
+class Plan(NamedTuple):
+    """
+    The outcome of planning.
+
+    :param planner_action: first action of the chosen elite, the paper's ``a_β``, ``[E, A]`` in [-1, 1]
+    :param planner_std: std of the first step's final distribution, ``σ_β``, ``[E, A]``
+    :param mean: mean of the final distribution, the next plan's warm start, ``[E, H, A]``
+    :param exploratory_action: the planner action with exploration noise, clamped, ``[E, A]``
+    """
+
+    planner_action: th.Tensor
+    planner_std: th.Tensor
+    mean: th.Tensor
+    exploratory_action: th.Tensor
+
+
+def draw_noise(
+    config: PlannerConfig,
+    n_envs: int,
+    action_dim: int,
+    n_critics: int,
+    device: th.device,
+    generator: th.Generator | None = None,
+) -> PlannerNoise:
+    """
+    Draw the randomness of one plan.
+
+    :param config: the planner's settings
+    :param n_envs: environments ``E`` planned for
+    :param action_dim: ``A``
+    :param n_critics: size of the critic ensemble
+    :param device: where the result lives
+    :param generator: source of randomness; default: torch's global one
+    :return: noise for :func:`plan`
+    """
+    horizon, n_iterations = config.horizon, config.n_iterations
+    n_policy = config.n_policy_samples
+    shapes = [
+        (horizon, n_envs, n_policy, action_dim),
+        (n_iterations, horizon, n_envs, config.n_samples - n_policy, action_dim),
+        (n_iterations, n_envs, config.n_samples, action_dim),
+        (n_envs, action_dim),
+    ]
+    sizes = [th.Size(shape).numel() for shape in shapes]
+    normal = th.randn(sum(sizes), device=device, generator=generator)
+    parts = [part.view(shape) for part, shape in zip(normal.split(sizes), shapes, strict=True)]
+    gumbel = -th.empty(n_envs, config.n_elites, device=device).exponential_(generator=generator).log()
+    return PlannerNoise(*parts, gumbel, draw_pairs(n_iterations, n_critics, device, generator))
+
+
+def policy_trajectories(world_model: WorldModel, actor: Actor, z: th.Tensor, noise: th.Tensor) -> th.Tensor:
+    """
+    Let the policy act in the world model: where planning starts from (paper, bootstrap loop).
+
+    :param world_model: the world model
+    :param actor: the policy
+    :param z: latents ``[E, L]``
+    :param noise: standard normal ``[H, E, P, A]``
+    :return: actions ``[H, E, P, A]``
+    """
+    z = z.unsqueeze(1).expand(-1, noise.shape[2], -1)
+    actions = []
+    for t, step_noise in enumerate(noise.unbind(0)):
+        actions.append(actor.sample(z, step_noise))
+        if t + 1 < noise.shape[0]:
+            z = world_model.next(z, actions[-1])
+    return th.stack(actions)
+
+
+def trajectory_values(
+    world_model: WorldModel,
+    actor: Actor,
+    critic: Critic,
+    config: PlannerConfig,
+    z: th.Tensor,
+    actions: th.Tensor,
+    terminal_noise: th.Tensor,
+    critic_pair: th.Tensor,
+    terminations_seen: th.Tensor,
+) -> th.Tensor:
+    """
+    Value of action sequences: ``Σ_t γ^t alive_t R_t + γ^H alive_H avg(Q_i, Q_j)(z_H, π(z_H))``.
+
+    ``alive_t`` turns 0 for good once a termination is predicted with more than even odds, provided that terminations
+    have been seen at all.
+
+    :param world_model: the world model
+    :param actor: the policy
+    :param critic: the critics
+    :param config: the planner's settings
+    :param z: latents ``[E, L]``
+    :param actions: ``[H, E, N, A]``
+    :param terminal_noise: standard normal ``[E, N, A]``
+    :param critic_pair: ``[2]`` int64, the critics to average
+    :param terminations_seen: scalar tensor, 1 once the data held a termination, else 0
+    :return: values ``[E, N]``; what is not finite counts as -inf
+    """
+    z = z.unsqueeze(1).expand(-1, actions.shape[2], -1)
+    latents = [z]
+    for step_actions in actions.unbind(0):
+        latents.append(world_model.next(latents[-1], step_actions))
+    z_final = latents[-1]
+    rewards = world_model.two_hot.decode(world_model.reward_logits(th.stack(latents[:-1]), actions))
+    q_final = critic.values(z_final, actor.sample(z_final, terminal_noise), critic_pair).mean(dim=0)
+
+    value = th.zeros_like(q_final)
+    alive = th.ones_like(q_final)
+    for t in range(config.horizon):
+        value = value + config.gamma**t * alive * rewards[t]
+        if world_model.termination is not None:
+            # a logit above 0 is a probability above one half
+            ended = (world_model.termination(latents[t + 1]) > 0.0).float() * terminations_seen
+            alive = alive * (1.0 - ended)
+    value = (value + config.gamma**config.horizon * alive * q_final).squeeze(-1)
+    return th.where(th.isfinite(value), value, -th.inf)
+
+
+def refine(
+    world_model: WorldModel,
+    actor: Actor,
+    critic: Critic,
+    config: PlannerConfig,
+    z: th.Tensor,
+    policy_actions: th.Tensor,
+    mean: th.Tensor,
+    std: th.Tensor,
+    candidate_noise: th.Tensor,
+    terminal_noise: th.Tensor,
+    critic_pair: th.Tensor,
+    terminations_seen: th.Tensor,
+) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+    """
+    One iteration: sample, score, keep the elites, fit mean and std to them.
+
+    :param world_model: the world model
+    :param actor: the policy
+    :param critic: the critics
+    :param config: the planner's settings
+    :param z: latents ``[E, L]``
+    :param policy_actions: ``[H, E, P, A]``, candidates in every iteration
+    :param mean: of the sampling distribution, ``[H, E, A]``
+    :param std: of the sampling distribution, ``[H, E, A]``
+    :param candidate_noise: standard normal ``[H, E, N-P, A]``
+    :param terminal_noise: standard normal ``[E, N, A]``
+    :param critic_pair: ``[2]`` int64
+    :param terminations_seen: scalar tensor, 0 or 1
+    :return: new mean and std ``[H, E, A]``, the elites' first actions ``[E, K, A]`` and weights ``[E, K]``, best first
+    """
+    sampled = (mean.unsqueeze(2) + std.unsqueeze(2) * candidate_noise).clamp(-1.0, 1.0)
+    actions = th.cat([policy_actions, sampled], dim=2)
+    values = trajectory_values(
+        world_model, actor, critic, config, z, actions, terminal_noise, critic_pair, terminations_seen
+    )
+    elite_values, elite_index = values.topk(config.n_elites, dim=1)
+    horizon, n_envs, _, action_dim = actions.shape
+    elites = actions.gather(2, elite_index[None, :, :, None].expand(horizon, n_envs, -1, action_dim))
+
+    best = elite_values[:, :1]
+    if config.uniform_elites:
+        weights = th.isfinite(elite_values).float()
+    else:
+        weights = th.exp(config.temperature * (elite_values - best))
+    weights = th.where(th.isfinite(best), weights, th.nan)  # no finite value at all: let the caller see it
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    w = weights[None, :, :, None]
+    mean = (w * elites).sum(dim=2)
+    std = (w * (elites - mean.unsqueeze(2)).square()).sum(dim=2).sqrt().clamp(config.min_std, config.max_std)
+    return mean, std, elites[0], weights
+
+
+def plan(
+    world_model: WorldModel,
+    actor: Actor,
+    critic: Critic,
+    config: PlannerConfig,
+    z: th.Tensor,
+    previous_mean: th.Tensor,
+    noise: PlannerNoise,
+    terminations_seen: th.Tensor,
+    compiler: Callable[[Callable], Callable] = lambda function: function,
+) -> Plan:
+    """
+    Plan an action for every environment (paper, MPPI with policy trajectories).
+
+    :param world_model: the world model
+    :param actor: the policy
+    :param critic: the critics
+    :param config: the planner's settings
+    :param z: latents ``[E, L]``
+    :param previous_mean: the last plan's mean, ``[E, H, A]``; zeros where an episode starts
+    :param noise: see :func:`draw_noise`
+    :param terminations_seen: scalar tensor, 1 once the data held a termination, else 0
+    :param compiler: turns a function into its compiled self; default: none
+    :return: the plan. Its entries are NaN for an environment where no value was finite.
+    """
+    policy_actions = compiler(policy_trajectories)(world_model, actor, z, noise.policy)
+    mean = previous_mean.transpose(0, 1)
+    mean = th.cat([mean[1:], th.zeros_like(mean[:1])])
+    std = th.full_like(mean, config.max_std)
+    for i in range(config.n_iterations):
+        mean, std, first_actions, weights = compiler(refine)(
+            world_model, actor, critic, config, z, policy_actions, mean, std,
+            noise.candidates[i], noise.terminal[i], noise.critic_pairs[i], terminations_seen,
+        )  # fmt: skip
+    chosen = (weights.log() + noise.elite).argmax(dim=1)
+    action = first_actions[th.arange(len(chosen), device=chosen.device), chosen]
+    action = th.where(th.isfinite(mean[0]), action, th.nan)
+    exploratory = (action + std[0] * noise.exploration).clamp(-1.0, 1.0)
+    return Plan(action, std[0], mean.transpose(0, 1), exploratory)

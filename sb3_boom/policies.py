@@ -1,0 +1,454 @@
+"""Policies for BOOM: world model, policy, critics and planner in one SB3 policy."""
+
+import hashlib
+from typing import Any, Literal
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+
+from sb3_boom import planner
+from sb3_boom.actor import Actor
+from sb3_boom.compilation import choose_compiler
+from sb3_boom.critic import Critic
+from sb3_boom.planner import Plan, PlannerConfig
+from sb3_boom.world_model import WorldModel
+
+# name: (enc_dim, mlp_dim, latent_dim, n_critics, n_enc_layers); all but "tiny" are TD-MPC2's
+MODEL_SIZES: dict[str, tuple[int, int, int, int, int]] = {
+    "tiny": (128, 128, 64, 5, 2),
+    "1M": (256, 384, 128, 2, 2),
+    "5M": (256, 512, 512, 5, 2),
+    "19M": (1024, 1024, 768, 5, 3),
+    "48M": (1792, 1792, 768, 5, 4),
+    "317M": (4096, 4096, 1376, 8, 5),
+}
+PLANNERS = ("mppi", "cem")
+PLANNER_KWARGS = ("n_samples", "n_elites", "n_policy_samples", "n_iterations", "temperature", "min_std", "max_std")
+DETERMINISTIC_PAIRS_SEED = 0
+
+
+def is_dog_sized(action_dim: int) -> bool:
+    """
+    Whether the paper's settings for its dog tasks apply, which the release picks by the action dimension.
+
+    :param action_dim: ``A``
+    :return: 24 <= A <= 48
+    """
+    return 24 <= action_dim <= 48
+
+
+class BOOMPolicy(BasePolicy):
+    """
+    The networks of BOOM and the planner that acts with them.
+
+    :param observation_space: Observation space
+    :param action_space: Action space, a Box
+    :param lr_schedule: Learning rate schedule
+    :param model_size: "tiny", "1M", "5M" (the paper's, default), "19M", "48M" or "317M" parameters; the six dimensions
+        that follow override it one by one
+    :param enc_dim: width of the encoder's hidden layers
+    :param mlp_dim: width of the other networks' hidden layers
+    :param latent_dim: size ``L`` of the latent
+    :param n_critics: size of the critic ensemble, at least 2
+    :param n_enc_layers: layers of the encoder, the last included
+    :param simnorm_dim: features per simplex of the latent, a divisor of ``latent_dim``; None switches SimNorm off.
+        Default "auto": 8, and None for 24 <= A <= 48 (the dogs), as the authors' release
+    :param dropout: probability of dropping a unit in the critics' first layer, in the losses only
+    :param features_extractor_class: Features extractor to use, in front of the encoder
+    :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
+    :param normalize_images: Whether to divide images by 255
+    :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
+    :param optimizer_kwargs: Additional keyword arguments of both optimizers, without the learning rate
+    :param encoder_lr_scale: the encoder's learning rate as a part of the others'; set by BOOM, as all that follow
+    :param handle_terminations: whether the world model predicts terminations
+    :param planner: "mppi" or "cem"
+    :param planner_kwargs: see :class:`sb3_boom.BOOM`
+    :param horizon: steps ``H`` looked ahead
+    :param gamma: discount
+    :param compile: True, False or "auto", see :class:`sb3_boom.BOOM`
+    :raises ValueError: for settings outside of these
+    """
+
+    q_scale: th.Tensor
+    terminations_seen: th.Tensor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        model_size: str = "5M",
+        enc_dim: int | None = None,
+        mlp_dim: int | None = None,
+        latent_dim: int | None = None,
+        n_critics: int | None = None,
+        n_enc_layers: int | None = None,
+        simnorm_dim: int | None | Literal["auto"] = "auto",
+        dropout: float = 0.01,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        encoder_lr_scale: float = 0.3,
+        handle_terminations: bool = True,
+        planner: str = "mppi",
+        planner_kwargs: dict[str, Any] | None = None,
+        horizon: int = 3,
+        gamma: float = 0.99,
+        compile: bool | str = "auto",
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class,
+            features_extractor_kwargs,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            squash_output=True,
+            normalize_images=normalize_images,
+        )
+        if model_size not in MODEL_SIZES:
+            raise ValueError(f"model_size must be one of {', '.join(MODEL_SIZES)}, not {model_size!r}")
+        given = (enc_dim, mlp_dim, latent_dim, n_critics, n_enc_layers)
+        dims = [size if own is None else own for own, size in zip(given, MODEL_SIZES[model_size], strict=True)]
+        for name, dim in zip(("enc_dim", "mlp_dim", "latent_dim", "n_critics", "n_enc_layers"), dims, strict=True):
+            minimum = 2 if name == "n_critics" else 1
+            if not isinstance(dim, int) or dim < minimum:
+                raise ValueError(f"{name} must be an integer of at least {minimum}, not {dim!r}")
+        enc_dim, mlp_dim, latent_dim, n_critics, n_enc_layers = dims
+        self.action_dim = get_action_dim(action_space)
+        if simnorm_dim == "auto":
+            simnorm_dim = None if is_dog_sized(self.action_dim) else 8
+        if simnorm_dim is not None and (simnorm_dim < 1 or latent_dim % simnorm_dim != 0):
+            raise ValueError(f"simnorm_dim={simnorm_dim} must divide latent_dim={latent_dim}, or be None for no SimNorm")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), not {dropout}")
+        self._constructor_kwargs = dict(
+            model_size=model_size,
+            enc_dim=enc_dim,
+            mlp_dim=mlp_dim,
+            latent_dim=latent_dim,
+            n_critics=n_critics,
+            n_enc_layers=n_enc_layers,
+            simnorm_dim=simnorm_dim,
+            dropout=dropout,
+            encoder_lr_scale=encoder_lr_scale,
+            handle_terminations=handle_terminations,
+            planner=planner,
+            planner_kwargs=planner_kwargs,
+            horizon=horizon,
+            gamma=gamma,
+            compile=compile,
+        )
+        self.latent_dim = latent_dim
+        self.dropout = dropout
+        self.compile_setting = compile
+        self.encoder_lr_scale = encoder_lr_scale
+        self.planner_config = make_planner_config(planner, planner_kwargs, self.action_dim, horizon, gamma)
+        self.features_extractor = self.make_features_extractor()
+        self.world_model = WorldModel(
+            self.features_extractor.features_dim,
+            self.action_dim,
+            latent_dim,
+            enc_dim,
+            mlp_dim,
+            n_enc_layers,
+            simnorm_dim,
+            handle_terminations,
+        )
+        self.actor = Actor(latent_dim, self.action_dim, mlp_dim)
+        self.critic = Critic(latent_dim, self.action_dim, mlp_dim, n_critics)
+        self.critic_target = Critic(latent_dim, self.action_dim, mlp_dim, n_critics)
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.critic_target.requires_grad_(False)
+        self.register_buffer("q_scale", th.ones(()))  # S
+        self.register_buffer("terminations_seen", th.zeros(()))
+        self._build_optimizers(lr_schedule)
+
+    def _build_optimizers(self, lr_schedule: Schedule) -> None:
+        """One optimizer for world model and critics, one for the policy. :param lr_schedule: Learning rate schedule"""
+        lr = lr_schedule(1)
+        encoder = [*self.features_extractor.parameters(), *self.world_model.encoder.parameters()]
+        in_encoder = {id(parameter) for parameter in encoder}
+        others = [p for p in (*self.world_model.parameters(), *self.critic.parameters()) if id(p) not in in_encoder]
+        kwargs = dict(self.optimizer_kwargs)
+        if issubclass(self.optimizer_class, th.optim.Adam):
+            kwargs.setdefault("fused", True)
+        # every group's own part of the schedule stays with it, through saving and loading too
+        groups = [
+            {"params": encoder, "lr": self.encoder_lr_scale * lr, "lr_scale": self.encoder_lr_scale},
+            {"params": others, "lr": lr, "lr_scale": 1.0},
+        ]
+        self.model_optimizer = self.optimizer_class(groups, **kwargs)
+        if issubclass(self.optimizer_class, th.optim.Adam):
+            kwargs.setdefault("eps", 1e-5)
+        self.actor_optimizer = self.optimizer_class([{"params": list(self.actor.parameters()), "lr": lr, "lr_scale": 1.0}], **kwargs)
+
+    @property
+    def model_parameters(self) -> list[th.nn.Parameter]:
+        """Parameters that the model's optimizer steps: features extractor, world model, critics."""
+        return [parameter for group in self.model_optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def compiler(self):
+        """Turns a function into its compiled self, or returns it as it is, by the ``compile`` setting."""
+        return choose_compiler(self.compile_setting, self.device)
+
+    # ----------------------------------------------------------------- planning
+
+    def features(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: observations ``[n, ...]``, not preprocessed
+        :return: features ``[n, F]``
+        """
+        return self.extract_features(obs, self.features_extractor)
+
+    def plan(self, obs: PyTorchObs, previous_mean: th.Tensor, deterministic: bool = False) -> Plan:
+        """
+        Plan for a batch of environments in one call.
+
+        :param obs: observations ``[E, ...]``
+        :param previous_mean: warm start, the last plan's mean, ``[E, H, A]``; zeros where an episode starts
+        :param deterministic: take the heaviest elite, and draw all noise from generators seeded by the observations
+        :return: the plan
+        """
+        with th.no_grad():
+            z = self.world_model.encode(self.features(obs))
+            noise = self._deterministic_noise(obs) if deterministic else self._noise(len(z))
+            return planner.plan(
+                self.world_model,
+                self.actor,
+                self.critic,
+                self.planner_config,
+                z,
+                previous_mean,
+                noise,
+                self.terminations_seen,
+                self.compiler,
+            )
+
+    def _noise(self, n_envs: int, generator: th.Generator | None = None) -> planner.PlannerNoise:
+        return planner.draw_noise(
+            self.planner_config, n_envs, self.action_dim, self.critic.n_critics, self.device, generator
+        )
+
+    def _deterministic_noise(self, obs: PyTorchObs) -> planner.PlannerNoise:
+        """Noise that depends on each row's observation alone. :param obs: observations ``[E, ...]``"""
+        parts = [obs[key] for key in sorted(obs)] if isinstance(obs, dict) else [obs]
+        rows = [part.flatten(1).float().cpu().numpy() for part in parts]
+        generator = th.Generator(self.device)
+        noises = []
+        for row in zip(*rows, strict=True):
+            digest = hashlib.blake2b(b"".join(part.tobytes() for part in row), digest_size=8).digest()
+            noises.append(self._noise(1, generator.manual_seed(int.from_bytes(digest, "little") >> 1)))
+        policy, candidates, terminal, exploration, elite, _ = zip(*noises, strict=True)
+        # the critics are shared by the batch, so their choice can't depend on a row
+        pairs = self._noise(1, generator.manual_seed(DETERMINISTIC_PAIRS_SEED)).critic_pairs
+        return planner.PlannerNoise(
+            th.cat(policy, dim=1),
+            th.cat(candidates, dim=2),
+            th.cat(terminal, dim=1),
+            th.cat(exploration),
+            th.zeros_like(th.cat(elite)),
+            pairs,
+        )
+
+    def initial_mean(self, n_envs: int) -> th.Tensor:
+        """
+        :param n_envs: ``E``
+        :return: the warm start of an episode's first plan: zeros ``[E, H, A]``
+        """
+        return th.zeros(n_envs, self.planner_config.horizon, self.action_dim, device=self.device)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        Plan an action, without exploration noise.
+
+        :param observation: one observation or a batch of them
+        :param state: the planner's warm start, as returned by the last call: ``(mean,)`` with ``[n_envs, H, A]``.
+            Default None: a cold start
+        :param episode_start: bool ``[n_envs]``, where to drop the warm start. Default None: nowhere
+        :param deterministic: True takes the heaviest elite and seeds all noise by the observation: the same observation
+            and state give the same action. False draws the elite by its weight, with fresh noise, as the paper evaluates
+        :return: actions within the action space's bounds, and the next state
+        :raises ValueError: for a state of another shape, or if no plan has a finite value
+        """
+        self.set_training_mode(False)
+        _check_not_a_reset_tuple(observation)
+        obs, vectorized = self.obs_to_tensor(observation)
+        n_envs = len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
+        mean = self.initial_mean(n_envs)
+        if state is not None:
+            if not isinstance(state, tuple) or len(state) != 1 or np.shape(state[0]) != tuple(mean.shape):
+                raise ValueError(
+                    f"state must be what the last predict() returned, a tuple of one array of shape {tuple(mean.shape)} "
+                    "[n_envs, horizon, action_dim]; pass None for a cold start"
+                )
+            mean = th.as_tensor(state[0], dtype=th.float32, device=self.device).clone()
+        if episode_start is not None:
+            mean[th.as_tensor(episode_start, dtype=th.bool, device=self.device).expand(n_envs)] = 0.0
+        plan = self.plan(obs, mean, deterministic)
+        actions = self.to_action_space(finite_actions(plan.planner_action))
+        return actions if vectorized else actions[0], (plan.mean.cpu().numpy(),)
+
+    def to_action_space(self, scaled_actions: np.ndarray) -> np.ndarray:
+        """
+        :param scaled_actions: ``[n, A]`` in [-1, 1]
+        :return: ``[n, *action_space.shape]`` within the bounds and of the dtype of the action space
+        """
+        space = self.action_space
+        assert isinstance(space, spaces.Box)
+        actions = self.unscale_action(scaled_actions.reshape(-1, *space.shape))
+        if np.issubdtype(space.dtype, np.integer):
+            actions = np.rint(actions)
+        return np.clip(actions, space.low, space.high).astype(space.dtype)
+
+    # -------------------------------------------------- the policy without planning
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        The policy's own action, in [-1, 1].
+
+        :param observation: observations ``[n, ...]``
+        :param deterministic: the squashed mean instead of a sample
+        :return: ``[n, A]``
+        """
+        z = self.world_model.encode(self.features(observation))
+        noise = th.zeros if deterministic else th.randn
+        return self.actor.sample(z, noise(len(z), self.action_dim, device=z.device))
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        :param obs: observations ``[n, ...]``
+        :param deterministic: the squashed mean instead of a sample
+        :return: the policy's own action, without planning, in [-1, 1], ``[n, A]``
+        """
+        return self._predict(obs, deterministic)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            self._constructor_kwargs,
+            lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading the policy alone
+            optimizer_class=self.optimizer_class,
+            optimizer_kwargs=self.optimizer_kwargs,
+            features_extractor_class=self.features_extractor_class,
+            features_extractor_kwargs=self.features_extractor_kwargs,
+        )
+        return data
+
+
+class PolicyPrior:
+    """
+    The policy π that plans start from, without planning: ``evaluate_policy(model.prior, env)``.
+
+    :param policy: the policy it belongs to
+    """
+
+    def __init__(self, policy: BOOMPolicy) -> None:
+        self.policy = policy
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        :param observation: one observation or a batch of them
+        :param state: returned as it is: the policy has no memory
+        :param episode_start: unused
+        :param deterministic: the squashed mean instead of a sample
+        :return: actions within the action space's bounds, and ``state``
+        """
+        actions, state = BasePolicy.predict(self.policy, observation, state, episode_start, deterministic)
+        return actions.astype(self.policy.action_space.dtype), state
+
+
+def make_planner_config(
+    name: str, planner_kwargs: dict[str, Any] | None, action_dim: int, horizon: int, gamma: float
+) -> PlannerConfig:
+    """
+    Check the planner's settings and fill in what is "auto".
+
+    :param name: "mppi" or "cem"
+    :param planner_kwargs: some of :data:`PLANNER_KWARGS`; ``n_iterations`` may be "auto": 6, or 8 for A >= 20
+    :param action_dim: ``A``
+    :param horizon: ``H``
+    :param gamma: discount
+    :return: the settings
+    :raises ValueError: for an unknown planner or key, or a value that no plan can be made with
+    """
+    if name not in PLANNERS:
+        raise ValueError(f"planner must be one of {', '.join(PLANNERS)}, not {name!r}")
+    kwargs = dict(planner_kwargs or {})
+    unknown = sorted(set(kwargs) - set(PLANNER_KWARGS))
+    if unknown:
+        raise ValueError(f"unknown planner_kwargs {', '.join(unknown)}: choose among {', '.join(PLANNER_KWARGS)}")
+    if kwargs.get("n_iterations", "auto") == "auto":
+        kwargs["n_iterations"] = 8 if action_dim >= 20 else 6
+    return PlannerConfig(**kwargs, horizon=horizon, gamma=gamma, uniform_elites=name == "cem")
+
+
+def finite_actions(actions: th.Tensor) -> np.ndarray:
+    """
+    Bring planned actions to the host, where a failed plan is seen without another synchronisation.
+
+    :param actions: ``[E, A]``
+    :return: the same as an array
+    :raises ValueError: if a plan failed
+    """
+    array = actions.cpu().numpy()
+    if not np.isfinite(array).all():
+        raise ValueError(
+            "planning failed: no action sequence has a finite value, so the networks have diverged. "
+            "Check the rewards' and observations' range, or lower learning_rate"
+        )
+    return array
+
+
+def _check_not_a_reset_tuple(observation: Any) -> None:
+    """The mistake that SB3's own predict() looks for. :param observation: what predict() was given"""
+    if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
+        raise ValueError(
+            "predict() was given a tuple, probably what a Gymnasium reset() returns: "
+            "pass the observation alone, `obs, info = env.reset()`"
+        )
+
+
+class CnnPolicy(BOOMPolicy):
+    """
+    :class:`BOOMPolicy` for images.
+
+    :param features_extractor_class: default :class:`stable_baselines3.common.torch_layers.NatureCNN`
+    """
+
+    def __init__(self, *args, features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN, **kwargs) -> None:
+        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+
+
+class MultiInputPolicy(BOOMPolicy):
+    """
+    :class:`BOOMPolicy` for Dict observations.
+
+    :param features_extractor_class: default :class:`stable_baselines3.common.torch_layers.CombinedExtractor`
+    """
+
+    def __init__(self, *args, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs) -> None:
+        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+
+
+MlpPolicy = BOOMPolicy

@@ -1,0 +1,171 @@
+"""Layers that the world model, the policy and the critics are made of (torch only)."""
+
+from collections.abc import Sequence
+
+import torch as th
+from torch import nn
+from torch.nn import functional as F
+
+INIT_STD = 0.02
+
+
+def mish(x: th.Tensor) -> th.Tensor:
+    """
+    Mish, ``x * tanh(softplus(x))``, with a single exponential.
+
+    With ``w = exp(x)`` and ``n = w * (w + 2)`` it equals ``x * n / (n + 2)``, which a compiler fuses into one
+    vectorised loop; ``torch.nn.functional.mish`` takes longer on a CPU than the matrix products around it.
+
+    :param x: any shape
+    :return: same shape
+    """
+    w = x.clamp(max=20.0).exp()  # above 20 the ratio is 1 in float32
+    n = w * (w + 2.0)
+    return x * (n / (n + 2.0))
+
+
+class Mish(nn.Module):
+    """:func:`mish` as a module."""
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: any shape
+        :return: same shape
+        """
+        return mish(x)
+
+
+class SimNorm(nn.Module):
+    """
+    Simplicial normalisation: a softmax over every group of ``group_size`` neighbouring features.
+
+    :param group_size: features per simplex; divides the last dimension of the input
+    """
+
+    def __init__(self, group_size: int) -> None:
+        super().__init__()
+        self.group_size = group_size
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: ``[..., L]``
+        :return: ``[..., L]``, non-negative, every group sums to 1
+        """
+        return x.unflatten(-1, (-1, self.group_size)).softmax(dim=-1).flatten(-2)
+
+
+class NormedLinear(nn.Module):
+    """
+    Linear, LayerNorm, activation.
+
+    :param in_features: size of the last input dimension
+    :param out_features: size of the last output dimension
+    :param activation: applied last
+    """
+
+    def __init__(self, in_features: int, out_features: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features)
+        self.norm = nn.LayerNorm(out_features)
+        self.activation = activation
+        init_linear(self.linear)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: ``[..., in_features]``
+        :return: ``[..., out_features]``
+        """
+        return self.activation(self.norm(self.linear(x)))
+
+
+class EnsembleLinear(nn.Module):
+    """
+    One linear layer per ensemble member, as a single batched matrix product.
+
+    :param n_members: number of members ``n``
+    :param in_features: size of the last input dimension
+    :param out_features: size of the last output dimension
+    """
+
+    def __init__(self, n_members: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(th.empty(n_members, out_features, in_features))
+        self.bias = nn.Parameter(th.zeros(n_members, out_features))
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+    def forward(self, x: th.Tensor, members: th.Tensor | None = None) -> th.Tensor:
+        """
+        :param x: ``[M, in_features]``, shared by all members, or ``[n, M, in_features]``
+        :param members: ``[m]`` int64, the members to compute, **as constants**: their weights get no gradient.
+            Default: all, with gradients.
+        :return: ``[n or m, M, out_features]``
+        """
+        weight, bias = self.weight, self.bias
+        if members is not None:
+            weight, bias = weight.detach()[members], bias.detach()[members]
+        if x.ndim == 2:
+            x = x.expand(weight.shape[0], *x.shape)
+        return th.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+
+
+class EnsembleNormedLinear(nn.Module):
+    """
+    Linear, dropout, LayerNorm, Mish, once per ensemble member.
+
+    :param n_members: number of members ``n``
+    :param in_features: size of the last input dimension
+    :param out_features: size of the last output dimension
+    """
+
+    def __init__(self, n_members: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.linear = EnsembleLinear(n_members, in_features, out_features)
+        self.norm_weight = nn.Parameter(th.ones(n_members, out_features))
+        self.norm_bias = nn.Parameter(th.zeros(n_members, out_features))
+
+    def forward(self, x: th.Tensor, members: th.Tensor | None = None, dropout_mask: th.Tensor | None = None) -> th.Tensor:
+        """
+        :param x: ``[M, in_features]`` or ``[n, M, in_features]``
+        :param members: see :meth:`EnsembleLinear.forward`
+        :param dropout_mask: factor on the linear layer's output, ``[n or m, M, out_features]``: 0 or ``1 / (1 - p)``.
+            Drawn by the caller, since random numbers inside a compiled CPU kernel are drawn one by one.
+        :return: ``[n or m, M, out_features]``
+        """
+        weight, bias = self.norm_weight, self.norm_bias
+        if members is not None:
+            weight, bias = weight.detach()[members], bias.detach()[members]
+        x = self.linear(x, members)
+        if dropout_mask is not None:
+            x = x * dropout_mask
+        x = F.layer_norm(x, x.shape[-1:])
+        return mish(x * weight.unsqueeze(1) + bias.unsqueeze(1))
+
+
+def init_linear(layer: nn.Linear) -> None:
+    """
+    Initialise as the paper's release: weights normal with std 0.02, bias zero.
+
+    :param layer: changed in place
+    """
+    nn.init.normal_(layer.weight, std=INIT_STD)
+    nn.init.zeros_(layer.bias)
+
+
+def mlp(in_features: int, hidden: Sequence[int], out_features: int, out_activation: nn.Module | None = None) -> nn.Sequential:
+    """
+    A multi-layer perceptron of LayerNorm + Mish layers.
+
+    :param in_features: size of the last input dimension
+    :param hidden: width of every hidden layer
+    :param out_features: size of the last output dimension
+    :param out_activation: with it the last layer is a :class:`NormedLinear` too; default: a plain linear layer
+    :return: the network
+    """
+    widths = [in_features, *hidden]
+    layers: list[nn.Module] = [NormedLinear(n_in, n_out, Mish()) for n_in, n_out in zip(widths, widths[1:], strict=False)]
+    if out_activation is not None:
+        layers.append(NormedLinear(widths[-1], out_features, out_activation))
+    else:
+        layers.append(nn.Linear(widths[-1], out_features))
+        init_linear(layers[-1])
+    return nn.Sequential(*layers)

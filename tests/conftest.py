@@ -1,0 +1,32 @@
+"""What all tests share: tiny models, and the golden vectors' place."""
+
+import os
+import pathlib
+
+import pytest
+import torch as th
+
+th.set_num_threads(1)  # tiny matrices: a second thread only costs
+
+TINY_PLANNER = dict(n_samples=32, n_elites=4, n_policy_samples=2, n_iterations=2)
+TINY_POLICY = dict(model_size="tiny", mlp_dim=32, enc_dim=32, latent_dim=16, n_critics=3)
+TINY = dict(
+    buffer_size=2_000,
+    learning_starts=20,
+    pretrain_steps=2,
+    batch_size=16,
+    planner_kwargs=TINY_PLANNER,
+    policy_kwargs=TINY_POLICY,
+    compile=False,
+    seed=0,
+)
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> pathlib.Path:
+    """The folder of the authors' numbers: SB3_BOOM_GOLDEN, else the one beside the repository."""
+    default = pathlib.Path(__file__).parents[2] / "shared" / "golden"
+    folder = pathlib.Path(os.environ.get("SB3_BOOM_GOLDEN", default))
+    if not (folder / "transforms.npz").exists():
+        pytest.skip(f"no golden vectors in {folder}: set SB3_BOOM_GOLDEN to their folder")
+    return folder
