@@ -127,8 +127,8 @@ class EnsembleNormedLinear(nn.Module):
         """
         :param x: ``[M, in_features]`` or ``[n, M, in_features]``
         :param members: see :meth:`EnsembleLinear.forward`
-        :param dropout_mask: factor on the linear layer's output, ``[n or m, M, out_features]``: 0 or ``1 / (1 - p)``.
-            Drawn by the caller, since random numbers inside a compiled CPU kernel are drawn one by one.
+        :param dropout_mask: units of the linear layer's output to keep, bool ``[n or m, M, out_features]``. Drawn by the
+            caller, since random numbers inside a compiled CPU kernel are drawn one by one.
         :return: ``[n or m, M, out_features]``
         """
         weight, bias = self.norm_weight, self.norm_bias
@@ -136,7 +136,8 @@ class EnsembleNormedLinear(nn.Module):
             weight, bias = weight.detach()[members], bias.detach()[members]
         x = self.linear(x, members)
         if dropout_mask is not None:
-            x = x * dropout_mask
+            # the factor 1 / (1 - p) on what is kept would vanish in the LayerNorm
+            x = th.where(dropout_mask, x, 0.0)
         x = F.layer_norm(x, x.shape[-1:])
         return mish(x * weight.unsqueeze(1) + bias.unsqueeze(1))
 
