@@ -289,6 +289,7 @@ class BOOM(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ):
+        th.set_flush_denormal(True)  # SimNorm's tiny gradients are subnormal floats, which slow a CPU down
         setup = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         check_finite(self._last_original_obs if self._last_original_obs is not None else self._last_obs, "observation", 0)
         for name in ("gamma", "learning_starts", "pretrain_steps", "align_coef"):

@@ -1,0 +1,165 @@
+"""
+Train BOOM on any environment id, with the settings of a hyperparameter file; evaluate planner and policy prior.
+
+Writes a zip, the Monitor's CSV, a CSV row per evaluation and the learning curve as PNG:
+
+    python scripts/train.py --env Pendulum-v1 --seed 0
+    python scripts/train.py --env dm_control/cartpole-swingup-v0 --steps 50000 --eval-freq 10000 --eval-envs 10
+"""
+
+import argparse
+import csv
+import pathlib
+import platform
+import subprocess
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+import torch as th
+import yaml
+from rl_zoo3.utils import get_wrapper_class
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_boom import BOOM
+from sb3_boom.callbacks import PlannerPriorEvalCallback
+
+ROOT = pathlib.Path(__file__).parents[1]
+COLUMNS = "task,variant,seed,agent_steps,env_steps,planner_return,prior_return,wall_s,revision,versions".split(",")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", default="Pendulum-v1", help="Gymnasium id; shimmy's dm_control/... too")
+    parser.add_argument("--steps", type=int, help="agent steps; default: the file's n_timesteps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hyperparams", type=pathlib.Path, default=ROOT / "zoo_hyperparams" / "boom-cpu.yml")
+    parser.add_argument("--eval-freq", type=int, default=0, help="agent steps between evaluations; default: only at the end")
+    parser.add_argument("--eval-episodes", type=int, default=10)
+    parser.add_argument("--eval-envs", type=int, default=1, help="environments evaluated side by side")
+    parser.add_argument("--folder", type=pathlib.Path, help="default: logs/<env>-seed<seed>")
+    parser.add_argument("--csv", type=pathlib.Path, help="file of the evaluations; default: evaluations.csv in the folder")
+    parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
+    parser.add_argument("--no-compile", action="store_true", help="never use torch.compile")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    return parser.parse_args()
+
+
+def read_hyperparams(path: pathlib.Path, env_id: str) -> dict[str, Any]:
+    """:return: the environment's entry of the file, else its default"""
+    entries = yaml.safe_load(path.read_text())
+    return dict(entries.get(env_id, entries["default"]))
+
+
+def make_env(env_id: str, hyperparams: dict[str, Any], seed: int, n_envs: int = 1, monitor_dir: str | None = None) -> VecEnv:
+    if env_id.startswith("dm_control/"):
+        import shimmy  # noqa: F401  # registers them
+    return make_vec_env(
+        env_id, n_envs=n_envs, seed=seed, monitor_dir=monitor_dir, wrapper_class=get_wrapper_class(hyperparams)
+    )
+
+
+def env_steps_per_agent_step(env: VecEnv) -> int:
+    return int(env.get_attr("_num_repeats", indices=0)[0]) if env.has_attr("_num_repeats") else 1
+
+
+class CsvEvalCallback(PlannerPriorEvalCallback):
+    """Writes a row per evaluation, at once, so that an interrupted run keeps what it has."""
+
+    def __init__(self, *args, path: pathlib.Path, fixed: dict[str, Any], action_repeat: int, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.path = path
+        self.fixed = fixed
+        self.action_repeat = action_repeat
+        self.start = time.time()
+
+    def evaluate(self) -> None:
+        super().evaluate()
+        row = dict(
+            self.fixed,
+            agent_steps=self.timesteps[-1],
+            env_steps=self.timesteps[-1] * self.action_repeat,
+            planner_return=f"{np.mean(self.planner_returns[-1]):.2f}",
+            prior_return=f"{np.mean(self.prior_returns[-1]):.2f}",
+            wall_s=f"{time.time() - self.start:.0f}",
+        )
+        is_new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def revision() -> str:
+    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return result.stdout.strip() or "unknown"
+
+
+def plot(path: pathlib.Path, monitor_csv: pathlib.Path, evaluations: PlannerPriorEvalCallback, title: str) -> None:
+    """Training episodes and evaluations against agent steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    episodes = pd.read_csv(monitor_csv, skiprows=1)
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot(episodes["l"].cumsum(), episodes["r"], ".-", color="0.6", label="training episodes")
+    for name, returns in (("planner", evaluations.planner_returns), ("policy prior", evaluations.prior_returns)):
+        axes.errorbar(
+            evaluations.timesteps, np.mean(returns, axis=1), np.std(returns, axis=1), fmt="o-", capsize=3, label=name
+        )
+    axes.set(xlabel="agent steps", ylabel="return", title=title)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.threads:
+        th.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    hyperparams = read_hyperparams(args.hyperparams, args.env)
+    steps = args.steps or int(hyperparams["n_timesteps"])
+    folder = args.folder or ROOT / "logs" / f"{args.env.replace('/', '-')}-seed{args.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    env = make_env(args.env, hyperparams, args.seed, monitor_dir=str(folder))
+    eval_env = make_env(args.env, hyperparams, args.seed + 1000, n_envs=args.eval_envs)
+
+    settings = {key: value for key, value in hyperparams.items() if key not in ("n_timesteps", "env_wrapper")}
+    if args.no_compile:
+        settings["compile"] = False
+    model = BOOM(env=env, seed=args.seed, verbose=1, **settings)
+    versions = f"python {platform.python_version()} torch {th.__version__}"
+    evaluations = CsvEvalCallback(
+        eval_env,
+        args.eval_episodes,
+        args.eval_freq,
+        path=args.csv or folder / "evaluations.csv",
+        fixed=dict(task=args.env, variant=model.alignment, seed=args.seed, revision=revision(), versions=versions),
+        action_repeat=env_steps_per_agent_step(env),
+    )
+    model.learn(steps, callback=evaluations, progress_bar=not args.no_progress)
+    if not evaluations.timesteps or evaluations.timesteps[-1] != model.num_timesteps:
+        evaluations.evaluate()
+    model.save(folder / "model.zip")
+    plot(folder / "learning_curve.png", folder / "0.monitor.csv", evaluations, f"BOOM on {args.env}, seed {args.seed}")
+
+    print(f"planner:      mean return {np.mean(evaluations.planner_returns[-1]):.1f} over {args.eval_episodes} episodes")
+    print(f"policy prior: mean return {np.mean(evaluations.prior_returns[-1]):.1f} over {args.eval_episodes} episodes")
+    for what, name in (
+        ("model", "model.zip"),
+        ("learning curve", "learning_curve.png"),
+        ("training episodes", "0.monitor.csv"),
+        ("evaluations", evaluations.path),
+    ):
+        print(f"{what + ':':18} {folder / name}")
+
+
+if __name__ == "__main__":
+    main()
