@@ -700,5 +700,3 @@ def check_finite(values: Any, what: str, step: int, env_index: int | None = None
             f"environment {env_index} returned a {what} that is NaN or infinite at step {step}: "
             "mend the environment, or wrap it so that it clips or ends the episode there"
         )
-
-

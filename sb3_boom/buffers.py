@@ -79,7 +79,9 @@ class WeightedReplayBuffer(ReplayBuffer):
         # ReplayBuffer's own constructor would allocate its flat arrays
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         if optimize_memory_usage:
-            raise ValueError("optimize_memory_usage must be False: WeightedReplayBuffer stores every observation once as it is")
+            raise ValueError(
+                "optimize_memory_usage must be False: WeightedReplayBuffer stores every observation once as it is"
+            )
         if horizon < 1:
             raise ValueError(f"horizon must be at least 1, not {horizon}")
         if sampling not in SAMPLINGS:
@@ -338,9 +340,7 @@ class WeightedReplayBuffer(ReplayBuffer):
         return th.cat([stored[indices[:1]], next_obs])
 
     @staticmethod
-    def _normalize(
-        obs: dict[str, th.Tensor], rewards: th.Tensor, env: VecNormalize
-    ) -> tuple[dict[str, th.Tensor], th.Tensor]:
+    def _normalize(obs: dict[str, th.Tensor], rewards: th.Tensor, env: VecNormalize) -> tuple[dict[str, th.Tensor], th.Tensor]:
         """VecNormalize's arithmetic, where the data lies."""
         if env.norm_obs:
             obs = dict(obs)

@@ -42,9 +42,7 @@ class Critic(nn.Module):
         logits = self.head(self.second(h, members), members)
         return logits.unflatten(1, x.shape[:-1])
 
-    def values(
-        self, z: th.Tensor, action: th.Tensor, members: th.Tensor, dropout_mask: th.Tensor | None = None
-    ) -> th.Tensor:
+    def values(self, z: th.Tensor, action: th.Tensor, members: th.Tensor, dropout_mask: th.Tensor | None = None) -> th.Tensor:
         """
         Values of some of the critics. Gradients flow to the inputs, not to the critics.
 

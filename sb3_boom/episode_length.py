@@ -1,5 +1,6 @@
 """How long an episode can get, in steps of the agent."""
 
+import itertools
 import re
 
 from stable_baselines3.common.type_aliases import GymEnv
@@ -20,10 +21,7 @@ def episode_length(env: GymEnv | None) -> int | None:
         return None
     # a worker process can send the names of its wrappers, outermost first, but hardly the wrappers themselves
     wrappers = re.findall(r"<(\w+)", str(env.env_method("__str__", indices=0)[0]))
-    if "RepeatAction" in wrappers and wrappers.index("RepeatAction") < _index(wrappers, "TimeLimit"):
-        limit = -(-limit // env.get_attr("_num_repeats", indices=0)[0])
+    around = list(itertools.takewhile(lambda name: not name.endswith("TimeLimit"), wrappers))
+    if "RepeatAction" in around:
+        limit = -(-limit // env.get_attr("num_repeats", indices=0)[0])
     return int(limit)
-
-
-def _index(names: list[str], name: str) -> int:
-    return names.index(name) if name in names else len(names)

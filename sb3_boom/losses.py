@@ -210,9 +210,7 @@ def model_loss(
     terms = {"consistency_loss": consistency, "reward_loss": reward, "value_loss": value}
     if world_model.termination is not None:
         logits = world_model.termination(predicted)
-        termination = masked_mean(
-            F.binary_cross_entropy_with_logits(logits, terminations, reduction="none"), valid, weights
-        )
+        termination = masked_mean(F.binary_cross_entropy_with_logits(logits, terminations, reduction="none"), valid, weights)
         loss = loss + config.termination_coef * termination
         terms["termination_loss"] = termination
     terms["model_loss"] = loss

@@ -230,9 +230,7 @@ def refine(
     """
     sampled = (mean.unsqueeze(2) + std.unsqueeze(2) * candidate_noise).clamp(-1.0, 1.0)
     actions = th.cat([policy_actions, sampled], dim=2)
-    values = trajectory_values(
-        world_model, actor, critic, config, z, actions, terminal_noise, critic_pair, terminations_seen
-    )
+    values = trajectory_values(world_model, actor, critic, config, z, actions, terminal_noise, critic_pair, terminations_seen)
     elite_values, elite_index = values.topk(config.n_elites, dim=1)
     horizon, n_envs, _, action_dim = actions.shape
     elites = actions.gather(2, elite_index[None, :, :, None].expand(horizon, n_envs, -1, action_dim))

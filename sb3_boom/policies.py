@@ -188,7 +188,9 @@ class BOOMPolicy(BasePolicy):
         self.model_optimizer = self.optimizer_class(groups, **kwargs)
         if issubclass(self.optimizer_class, th.optim.Adam):
             kwargs.setdefault("eps", 1e-5)
-        self.actor_optimizer = self.optimizer_class([{"params": list(self.actor.parameters()), "lr": lr, "lr_scale": 1.0}], **kwargs)
+        self.actor_optimizer = self.optimizer_class(
+            [{"params": list(self.actor.parameters()), "lr": lr, "lr_scale": 1.0}], **kwargs
+        )
 
     @property
     def model_parameters(self) -> list[th.nn.Parameter]:
@@ -234,9 +236,7 @@ class BOOMPolicy(BasePolicy):
             )
 
     def _noise(self, n_envs: int, generator: th.Generator | None = None) -> planner.PlannerNoise:
-        return planner.draw_noise(
-            self.planner_config, n_envs, self.action_dim, self.critic.n_critics, self.device, generator
-        )
+        return planner.draw_noise(self.planner_config, n_envs, self.action_dim, self.critic.n_critics, self.device, generator)
 
     def _deterministic_noise(self, obs: PyTorchObs) -> planner.PlannerNoise:
         """Noise that depends on each row's observation alone. :param obs: observations ``[E, ...]``"""

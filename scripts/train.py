@@ -62,7 +62,7 @@ def make_env(env_id: str, hyperparams: dict[str, Any], seed: int, n_envs: int = 
 
 
 def env_steps_per_agent_step(env: VecEnv) -> int:
-    return int(env.get_attr("_num_repeats", indices=0)[0]) if env.has_attr("_num_repeats") else 1
+    return int(env.get_attr("num_repeats", indices=0)[0]) if env.has_attr("num_repeats") else 1
 
 
 class CsvEvalCallback(PlannerPriorEvalCallback):

@@ -1,0 +1,37 @@
+# `make train` and `make test` do all the set-up themselves, once.
+PYTHON ?= python3
+BIN := .venv/bin
+ENV ?= Pendulum-v1
+SEED ?= 0
+SOURCES := sb3_boom tests scripts
+
+.PHONY: train test slow lint type format evidence clean
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all]"
+	touch $@
+
+# Trains, evaluates planner and policy prior, and prints where model, curve and CSV are
+train: .venv/.installed
+	$(BIN)/python scripts/train.py --env $(ENV) --seed $(SEED)
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+slow: .venv/.installed
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.installed
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/black --check --quiet $(SOURCES)
+
+type: .venv/.installed
+	$(BIN)/mypy sb3_boom scripts
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/black --quiet $(SOURCES)
+
+clean:
+	rm -rf .venv logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
