@@ -2,33 +2,32 @@
 
 import inspect
 import io
-import json
 import pathlib
 import time
 import warnings
-import zipfile
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import polyak_update
 
 from sb3_boom import losses
 from sb3_boom.buffers import SubTrajectories, WeightedReplayBuffer
+from sb3_boom.checks import FORMAT_VERSION, check_archive, check_finite, check_settings
 from sb3_boom.episode_length import episode_length
 from sb3_boom.losses import LossConfig, UpdateNoise
+from sb3_boom.meters import Meters
 from sb3_boom.policies import BOOMPolicy, CnnPolicy, MlpPolicy, MultiInputPolicy, PolicyPrior, finite_actions, is_dog_sized
 
 SelfBOOM = TypeVar("SelfBOOM", bound="BOOM")
 
-FORMAT_VERSION = 1  # of saved archives
 SLOW_ON_CPU = 4_000_000  # parameters
 GATE_WARNING_STEPS = 50_000
 PRETRAIN_CHUNK = 100  # updates between two lines of progress
@@ -199,9 +198,7 @@ class BOOM(OffPolicyAlgorithm):
         self.planner_kwargs = planner_kwargs
         self.compile = compile
         self.pretrain_updates = 0  # of pretrain_steps, done so far
-        self._terms: dict[str, th.Tensor] = {}  # sums since the last log
-        self._n_terms = 0
-        self._seconds: dict[str, tuple[float, int]] = {}
+        self.meters = Meters()
         self._warned: set[str] = set()
         self._planner_mean: th.Tensor | None = None
         self._planned: np.ndarray | None = None
@@ -211,7 +208,7 @@ class BOOM(OffPolicyAlgorithm):
     # -------------------------------------------------------------------- set-up
 
     def _setup_model(self) -> None:
-        self._check_settings()
+        check_settings(self)
         self._resolve_auto()
         if self.replay_buffer_class is None:
             self.replay_buffer_class = WeightedReplayBuffer
@@ -233,41 +230,6 @@ class BOOM(OffPolicyAlgorithm):
         finally:
             self.policy_kwargs, self.replay_buffer_kwargs = policy_kwargs, replay_buffer_kwargs
 
-    def _check_settings(self) -> None:
-        """:raises ValueError: for settings that are unsupported or contradict each other"""
-        unsupported = {
-            "optimize_memory_usage": (False, "the replay buffer stores every observation once as it is"),
-            "n_steps": (1, f"use `horizon` (now {self.horizon}), the steps that the world model looks ahead"),
-            "use_sde": (False, "the planner explores by itself"),
-        }
-        for name, (supported, reason) in unsupported.items():
-            if getattr(self, name) != supported:
-                raise ValueError(f"BOOM supports only {name}={supported}: {reason}")
-        for name, choices in (("alignment", losses.ALIGNMENTS), ("align_weighting", losses.ALIGN_WEIGHTINGS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        for name in ("align_temperature", "batch_size", "max_grad_norm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("learning_starts", "pretrain_steps", "gamma", "align_coef"):
-            value = getattr(self, name)
-            if value != "auto" and (isinstance(value, str) or value < 0):
-                raise ValueError(f'{name} must be "auto" or a number of at least 0, not {value!r}')
-        if self.replay_buffer_class is not None and not issubclass(self.replay_buffer_class, WeightedReplayBuffer):
-            raise ValueError(
-                f"replay_buffer_class must be a subclass of WeightedReplayBuffer, not {self.replay_buffer_class.__name__}: "
-                "BOOM learns from sub-trajectories and from what the planner did"
-            )
-        known = inspect.signature(BOOMPolicy).parameters
-        custom = {"features_extractor_class"} | set(inspect.signature(self.policy_class).parameters)
-        unknown = sorted(set(self.policy_kwargs) - set(known) - custom)
-        if unknown:
-            raise ValueError(f"unknown policy_kwargs {', '.join(unknown)}: choose among {', '.join(list(known)[3:15])}")
-        owned = {"encoder_lr_scale", "handle_terminations", "planner", "planner_kwargs", "horizon", "gamma", "compile"}
-        misplaced = sorted(owned & set(self.policy_kwargs))
-        if misplaced:
-            raise ValueError(f"{', '.join(misplaced)}: pass to BOOM itself, not in policy_kwargs")
-
     def _resolve_auto(self) -> None:
         """Replace every "auto" by the paper's rule."""
         length = episode_length(self.env)
@@ -288,7 +250,7 @@ class BOOM(OffPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         tb_log_name: str = "run",
         progress_bar: bool = False,
-    ):
+    ) -> tuple[int, BaseCallback]:
         th.set_flush_denormal(True)  # SimNorm's tiny gradients are subnormal floats, which slow a CPU down
         setup = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         check_finite(self._last_original_obs if self._last_original_obs is not None else self._last_obs, "observation", 0)
@@ -321,6 +283,7 @@ class BOOM(OffPolicyAlgorithm):
         total_timesteps, callback = self._setup_learn(
             int(total_timesteps), callback, reset_num_timesteps, tb_log_name, progress_bar
         )
+        callback = cast(BaseCallback, callback)
         callback.on_training_start(locals(), globals())
         assert self.env is not None and self.replay_buffer is not None
         # SB3's loop, but for the end of warm-up: SB3 counts it in timesteps, which a second learn() resets
@@ -386,7 +349,7 @@ class BOOM(OffPolicyAlgorithm):
             )
             self._update(batch, noise, config)
         self._n_updates += gradient_steps
-        self._add_seconds("update", time.perf_counter() - start, gradient_steps)
+        self.meters.add_seconds("update", time.perf_counter() - start, gradient_steps)
         self._warn_if_slow()
 
     def _update(self, batch: SubTrajectories, noise: UpdateNoise, config: LossConfig) -> None:
@@ -436,7 +399,7 @@ class BOOM(OffPolicyAlgorithm):
             th.maximum(policy.terminations_seen, batch.terminations.amax(), out=policy.terminations_seen)
         polyak_update(policy.critic.parameters(), policy.critic_target.parameters(), self.tau)
         self.replay_buffer.update_values(batch.indices, values, batch.valid, q_scale)  # type: ignore[union-attr]
-        self._add_terms({**model_terms, **policy_terms, "grad_norm": grad_norm, "policy_grad_norm": actor_grad_norm})
+        self.meters.add_terms({**model_terms, **policy_terms, "grad_norm": grad_norm, "policy_grad_norm": actor_grad_norm})
 
     def _features(self, observations: Any) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -502,7 +465,7 @@ class BOOM(OffPolicyAlgorithm):
         else:
             start = time.perf_counter()
             scaled = self._plan(n_envs)
-            self._add_seconds("plan", time.perf_counter() - start, 1)
+            self.meters.add_seconds("plan", time.perf_counter() - start, 1)
         if action_noise is not None:
             scaled = np.clip(scaled + np.asarray(action_noise()).reshape(-1, scaled.shape[1]), -1.0, 1.0)
         return self.policy.to_action_space(scaled), scaled
@@ -540,9 +503,9 @@ class BOOM(OffPolicyAlgorithm):
         raw_obs = new_obs if normalizer is None else normalizer.get_original_obs()
         check_finite(raw_obs, "observation", self.num_timesteps)
         check_finite(reward if normalizer is None else normalizer.get_original_reward(), "reward", self.num_timesteps)
-        for i in np.flatnonzero(dones):
-            if (final := infos[i].get("terminal_observation")) is not None:
-                check_finite(final, "observation", self.num_timesteps, env_index=int(i))
+        for i, info in enumerate(infos):
+            if dones[i] and (final := info.get("terminal_observation")) is not None:
+                check_finite(final, "observation", self.num_timesteps, env_index=i)
         if self._planned is not None:
             planner_action, planner_std = np.split(self._planned, 2, axis=1)
             for i, info in enumerate(infos):
@@ -559,30 +522,16 @@ class BOOM(OffPolicyAlgorithm):
 
     # ------------------------------------------------------------------------ log
 
-    def _add_terms(self, terms: dict[str, th.Tensor]) -> None:
-        """Sum up what was measured, on the device. :param terms: scalars by name"""
-        if self._terms.keys() != terms.keys():
-            self._terms = {name: th.zeros_like(term) for name, term in terms.items()}
-            self._n_terms = 0
-        th._foreach_add_(list(self._terms.values()), list(terms.values()))
-        self._n_terms += 1
-
-    def _add_seconds(self, name: str, seconds: float, count: int) -> None:
-        total, n = self._seconds.get(name, (0.0, 0))
-        self._seconds[name] = (total + seconds, n + count)
-
     def dump_logs(self) -> None:
         """Write log data: losses and times are means since the last call."""
-        if self._n_terms > 0:
-            values = (th.stack(list(self._terms.values())) / self._n_terms).tolist()
-            for name, value in zip(self._terms, values, strict=True):
-                self.logger.record(f"train/{name}", value)
+        terms = self.meters.take_terms()
+        for name, value in terms.items():
+            self.logger.record(f"train/{name}", value)
+        if terms:
             self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-            self._warn_if_never_aligned(dict(zip(self._terms, values, strict=True))["align_active"])
-            self._terms, self._n_terms = {}, 0
-        for name, (total, n) in self._seconds.items():
-            self.logger.record(f"time/{name}_ms", 1000.0 * total / n)
-        self._seconds = {}
+            self._warn_if_never_aligned(terms["align_active"])
+        for name, milliseconds in self.meters.take_milliseconds().items():
+            self.logger.record(f"time/{name}_ms", milliseconds)
         super().dump_logs()
 
     def _warn_if_never_aligned(self, align_active: float) -> None:
@@ -598,23 +547,21 @@ class BOOM(OffPolicyAlgorithm):
 
     def _warn_if_slow(self) -> None:
         """Once, on a CPU: what a step of a large model costs."""
-        if self.device.type != "cpu" or "slow" in self._warned or self._n_updates < 20 or "plan" not in self._seconds:
+        milliseconds = self.meters.milliseconds()
+        if self.device.type != "cpu" or "slow" in self._warned or self._n_updates < 20 or "plan" not in milliseconds:
             return
         self._warned.add("slow")
-        if sum(parameter.numel() for parameter in self.policy.parameters()) < SLOW_ON_CPU:
-            return
-        milliseconds = sum(1000.0 * total / n for total, n in self._seconds.values())
-        warnings.warn(
-            f"one step of this model takes about {milliseconds:.0f} ms on this CPU. "
-            'policy_kwargs=dict(model_size="tiny") with fewer planner samples takes a fraction of it.',
-            stacklevel=2,
-        )
+        if sum(parameter.numel() for parameter in self.policy.parameters()) >= SLOW_ON_CPU:
+            warnings.warn(
+                f"one step of this model takes about {sum(milliseconds.values()):.0f} ms on this CPU. "
+                'policy_kwargs=dict(model_size="tiny") with fewer planner samples takes a fraction of it.',
+                stacklevel=2,
+            )
 
     # ---------------------------------------------------------------- save, load
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["_terms", "_n_terms", "_seconds", "_planner_mean", "_planned"]
-        return [*super()._excluded_save_params(), *own]
+        return [*super()._excluded_save_params(), "meters", "_planner_mean", "_planned"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.model_optimizer", "policy.actor_optimizer"], []
@@ -650,53 +597,3 @@ class BOOM(OffPolicyAlgorithm):
         if unknown:
             raise TypeError(f"BOOM.load() got unexpected arguments {', '.join(unknown)}: choose among {', '.join(known)}")
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-
-
-def check_archive(path: str | pathlib.Path | io.BufferedIOBase) -> None:
-    """
-    Look at the names and the format version of a saved model, without unpickling anything.
-
-    :param path: path to the file (or a file-like)
-    :raises ValueError: for a file that is no archive of BOOM, or of a later format
-    """
-    file = open_path(path, "r", verbose=0, suffix="zip")
-    start = file.tell()
-    try:
-        with zipfile.ZipFile(file) as archive:
-            names = set(archive.namelist())
-            version = json.loads(archive.read("data")).get("format_version") if "data" in names else None
-    except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no BOOM model: it is not a readable zip archive ({error})") from error
-    finally:
-        if isinstance(path, (str, pathlib.Path)):
-            file.close()
-        else:
-            file.seek(start)
-    if "policy.model_optimizer.pth" not in names or not isinstance(version, int):
-        raise ValueError(f"{path} is no BOOM model: it was saved by another algorithm. Load it with the class that saved it")
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {version}, this sb3_boom reads up to {FORMAT_VERSION}: upgrade sb3_boom to load it"
-        )
-
-
-def check_finite(values: Any, what: str, step: int, env_index: int | None = None) -> None:
-    """
-    Stop before a NaN spreads from an environment into buffer and networks.
-
-    :param values: array or dict of arrays; the first dimension is the environments', if ``env_index`` is None
-    :param what: name for the message
-    :param step: timestep for the message
-    :param env_index: the one environment that ``values`` are from
-    :raises ValueError: if a value is NaN or infinite
-    """
-    for value in values.values() if isinstance(values, dict) else [values]:
-        array = np.asarray(value)
-        if not np.issubdtype(array.dtype, np.floating) or np.isfinite(array).all():
-            continue
-        if env_index is None:
-            env_index = int(np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))[0])
-        raise ValueError(
-            f"environment {env_index} returned a {what} that is NaN or infinite at step {step}: "
-            "mend the environment, or wrap it so that it clips or ends the episode there"
-        )

@@ -125,9 +125,12 @@ def draw_noise(
     ]
     sizes = [th.Size(shape).numel() for shape in shapes]
     normal = th.randn(sum(sizes), device=device, generator=generator)
-    parts = [part.view(shape) for part, shape in zip(normal.split(sizes), shapes, strict=True)]
+    policy, candidates, terminal, exploration = (
+        part.view(shape) for part, shape in zip(normal.split(sizes), shapes, strict=True)
+    )
     gumbel = -th.empty(n_envs, config.n_elites, device=device).exponential_(generator=generator).log()
-    return PlannerNoise(*parts, gumbel, draw_pairs(n_iterations, n_critics, device, generator))
+    pairs = draw_pairs(n_iterations, n_critics, device, generator)
+    return PlannerNoise(policy, candidates, terminal, exploration, gumbel, pairs)
 
 
 def policy_trajectories(world_model: WorldModel, actor: Actor, z: th.Tensor, noise: th.Tensor) -> th.Tensor:

@@ -1,7 +1,8 @@
 """Policies for BOOM: world model, policy, critics and planner in one SB3 policy."""
 
 import hashlib
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch as th
@@ -59,7 +60,8 @@ class BOOMPolicy(BasePolicy):
     :param simnorm_dim: features per simplex of the latent, a divisor of ``latent_dim``; None switches SimNorm off.
         Default "auto": 8, and None for 24 <= A <= 48 (the dogs), as the authors' release
     :param dropout: probability of dropping a unit in the critics' first layer, in the losses only
-    :param features_extractor_class: Features extractor to use, in front of the encoder
+    :param features_extractor_class: Features extractor to use, in front of the encoder. Default None: FlattenExtractor;
+        NatureCNN for CnnPolicy, CombinedExtractor for MultiInputPolicy
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
     :param normalize_images: Whether to divide images by 255
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
@@ -74,6 +76,7 @@ class BOOMPolicy(BasePolicy):
     :raises ValueError: for settings outside of these
     """
 
+    default_features_extractor: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
     q_scale: th.Tensor
     terminations_seen: th.Tensor
 
@@ -88,9 +91,9 @@ class BOOMPolicy(BasePolicy):
         latent_dim: int | None = None,
         n_critics: int | None = None,
         n_enc_layers: int | None = None,
-        simnorm_dim: int | None | Literal["auto"] = "auto",
+        simnorm_dim: int | Literal["auto"] | None = "auto",
         dropout: float = 0.01,
-        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
@@ -106,7 +109,7 @@ class BOOMPolicy(BasePolicy):
         super().__init__(
             observation_space,
             action_space,
-            features_extractor_class,
+            features_extractor_class or self.default_features_extractor,
             features_extractor_kwargs,
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
@@ -198,7 +201,7 @@ class BOOMPolicy(BasePolicy):
         return [parameter for group in self.model_optimizer.param_groups for parameter in group["params"]]
 
     @property
-    def compiler(self):
+    def compiler(self) -> Callable[[Callable], Callable]:
         """Turns a function into its compiled self, or returns it as it is, by the ``compile`` setting."""
         return choose_compiler(self.compile_setting, self.device)
 
@@ -430,25 +433,15 @@ def _check_not_a_reset_tuple(observation: Any) -> None:
 
 
 class CnnPolicy(BOOMPolicy):
-    """
-    :class:`BOOMPolicy` for images.
+    """:class:`BOOMPolicy` for images."""
 
-    :param features_extractor_class: default :class:`stable_baselines3.common.torch_layers.NatureCNN`
-    """
-
-    def __init__(self, *args, features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN, **kwargs) -> None:
-        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+    default_features_extractor = NatureCNN
 
 
 class MultiInputPolicy(BOOMPolicy):
-    """
-    :class:`BOOMPolicy` for Dict observations.
+    """:class:`BOOMPolicy` for Dict observations."""
 
-    :param features_extractor_class: default :class:`stable_baselines3.common.torch_layers.CombinedExtractor`
-    """
-
-    def __init__(self, *args, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs) -> None:
-        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+    default_features_extractor = CombinedExtractor
 
 
 MlpPolicy = BOOMPolicy

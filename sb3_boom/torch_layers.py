@@ -1,5 +1,6 @@
 """Layers that the world model, the policy and the critics are made of (torch only)."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch as th
@@ -100,7 +101,8 @@ class EnsembleLinear(nn.Module):
             Default: all, with gradients.
         :return: ``[n or m, M, out_features]``
         """
-        weight, bias = self.weight, self.bias
+        weight: th.Tensor = self.weight
+        bias: th.Tensor = self.bias
         if members is not None:
             weight, bias = weight.detach()[members], bias.detach()[members]
         if x.ndim == 2:
@@ -131,7 +133,8 @@ class EnsembleNormedLinear(nn.Module):
             caller, since random numbers inside a compiled CPU kernel are drawn one by one.
         :return: ``[n or m, M, out_features]``
         """
-        weight, bias = self.norm_weight, self.norm_bias
+        weight: th.Tensor = self.norm_weight
+        bias: th.Tensor = self.norm_bias
         if members is not None:
             weight, bias = weight.detach()[members], bias.detach()[members]
         x = self.linear(x, members)
@@ -163,10 +166,11 @@ def mlp(in_features: int, hidden: Sequence[int], out_features: int, out_activati
     :return: the network
     """
     widths = [in_features, *hidden]
-    layers: list[nn.Module] = [NormedLinear(n_in, n_out, Mish()) for n_in, n_out in zip(widths, widths[1:], strict=False)]
+    layers: list[nn.Module] = [NormedLinear(n_in, n_out, Mish()) for n_in, n_out in itertools.pairwise(widths)]
     if out_activation is not None:
         layers.append(NormedLinear(widths[-1], out_features, out_activation))
     else:
-        layers.append(nn.Linear(widths[-1], out_features))
-        init_linear(layers[-1])
+        last = nn.Linear(widths[-1], out_features)
+        init_linear(last)
+        layers.append(last)
     return nn.Sequential(*layers)

@@ -34,6 +34,7 @@ class TwoHot(nn.Module):
     """
 
     bins: th.Tensor
+    positions: th.Tensor
 
     def __init__(self, n_bins: int = 101, low: float = -10.0, high: float = 10.0) -> None:
         super().__init__()

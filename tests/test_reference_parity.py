@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -52,8 +53,8 @@ class Golden:
         n_samples = self["plan0/noise/04"].shape[0]
         self.horizon = self["plan0/mean"].shape[0]
         self.model = BOOM(
-            _policy(),
-            _SpacesOnly(obs_dim, action_dim),
+            "MlpPolicy",
+            SpacesOnly(obs_dim, action_dim),
             buffer_size=1,
             learning_starts=1,
             gamma=float(self["discount"]),
@@ -117,23 +118,16 @@ class Golden:
 
     def run_update(self, prefix: str) -> dict[str, float]:
         """:return: what our update measured, by our names"""
-        self.model._terms, self.model._n_terms = {}, 0
         self.model._update(*self.update_args(prefix))
-        return {name: float(value) for name, value in self.model._terms.items()}
+        return self.model.meters.take_terms()
 
 
-def _policy():
-    return "MlpPolicy"
+class SpacesOnly(gym.Env):
+    """An environment that is never stepped."""
 
-
-def _SpacesOnly(obs_dim: int, action_dim: int):  # noqa: N802
-    import gymnasium as gym
-
-    class SpacesOnly(gym.Env):
-        observation_space = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
-        action_space = spaces.Box(-1, 1, (action_dim,), np.float32)
-
-    return SpacesOnly()
+    def __init__(self, obs_dim: int, action_dim: int) -> None:
+        self.observation_space = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
+        self.action_space = spaces.Box(-1, 1, (action_dim,), np.float32)
 
 
 def _our_name(network: str, layer: str, kind: str) -> str:
@@ -298,7 +292,7 @@ def test_automatic_settings_are_the_ones_of_the_release(golden):
 
 
 def test_initial_parameters_have_the_statistics_of_the_paper():
-    model = BOOM(_policy(), _SpacesOnly(40, 6), policy_kwargs=dict(model_size="1M", n_critics=5), compile=False, seed=0)
+    model = BOOM("MlpPolicy", SpacesOnly(40, 6), policy_kwargs=dict(model_size="1M", n_critics=5), compile=False, seed=0)
     policy = model.policy
     rows = policy.world_model.reward[-1].weight.detach()
     th.testing.assert_close(rows @ rows.T, th.eye(len(rows)), rtol=0, atol=1e-5)  # orthogonal

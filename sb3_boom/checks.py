@@ -1,0 +1,115 @@
+"""What a user can get wrong, found early and told with what to change."""
+
+import inspect
+import io
+import json
+import pathlib
+import zipfile
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from stable_baselines3.common.save_util import open_path
+
+from sb3_boom import losses
+from sb3_boom.buffers import WeightedReplayBuffer
+from sb3_boom.policies import BOOMPolicy
+
+if TYPE_CHECKING:
+    from sb3_boom.boom import BOOM
+
+FORMAT_VERSION = 1  # of saved archives
+# arguments of the policy that the algorithm passes on
+OWNED_BY_BOOM = ("encoder_lr_scale", "handle_terminations", "planner", "planner_kwargs", "horizon", "gamma", "compile")
+
+
+def check_settings(model: "BOOM") -> None:
+    """
+    :param model: whose settings to check, before anything is built with them
+    :raises ValueError: for settings that are unsupported or contradict each other
+    """
+    unsupported = {
+        "optimize_memory_usage": (False, "the replay buffer stores every observation once as it is"),
+        "n_steps": (1, f"use `horizon` (now {model.horizon}), the steps that the world model looks ahead"),
+        "use_sde": (False, "the planner explores by itself"),
+    }
+    for name, (supported, reason) in unsupported.items():
+        if getattr(model, name) != supported:
+            raise ValueError(f"BOOM supports only {name}={supported}: {reason}")
+    for name, choices in (("alignment", losses.ALIGNMENTS), ("align_weighting", losses.ALIGN_WEIGHTINGS)):
+        if getattr(model, name) not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(model, name)!r}")
+    for name in ("align_temperature", "batch_size", "max_grad_norm"):
+        if getattr(model, name) <= 0:
+            raise ValueError(f"{name} must be positive, not {getattr(model, name)}")
+    for name in ("learning_starts", "pretrain_steps", "gamma", "align_coef"):
+        value = getattr(model, name)
+        if value != "auto" and (isinstance(value, str) or value < 0):
+            raise ValueError(f'{name} must be "auto" or a number of at least 0, not {value!r}')
+    buffer_class = model.replay_buffer_class
+    if buffer_class is not None and not issubclass(buffer_class, WeightedReplayBuffer):
+        raise ValueError(
+            f"replay_buffer_class must be a subclass of WeightedReplayBuffer, not {buffer_class.__name__}: "
+            "BOOM learns from sub-trajectories and from what the planner did"
+        )
+    _check_policy_kwargs(model)
+
+
+def _check_policy_kwargs(model: "BOOM") -> None:
+    misplaced = [name for name in OWNED_BY_BOOM if name in model.policy_kwargs]
+    if misplaced:
+        raise ValueError(f"{', '.join(misplaced)}: pass to BOOM itself, not in policy_kwargs")
+    known = dict(inspect.signature(BOOMPolicy).parameters) | dict(inspect.signature(model.policy_class).parameters)
+    choices = [name for name in known if name not in (*OWNED_BY_BOOM, "observation_space", "action_space", "lr_schedule")]
+    unknown = sorted(set(model.policy_kwargs) - set(choices))
+    if unknown:
+        raise ValueError(f"unknown policy_kwargs {', '.join(unknown)}: choose among {', '.join(choices)}")
+
+
+def check_archive(path: str | pathlib.Path | io.BufferedIOBase) -> None:
+    """
+    Look at the names and the format version of a saved model, without unpickling anything.
+
+    :param path: path to the file (or a file-like)
+    :raises ValueError: for a file that is no archive of BOOM, or of a later format
+    """
+    file = open_path(path, "r", verbose=0, suffix="zip")
+    start = file.tell()
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = set(archive.namelist())
+            version = json.loads(archive.read("data")).get("format_version") if "data" in names else None
+    except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no BOOM model: it is not a readable zip archive ({error})") from error
+    finally:
+        if isinstance(path, (str, pathlib.Path)):
+            file.close()
+        else:
+            file.seek(start)
+    if "policy.model_optimizer.pth" not in names or not isinstance(version, int):
+        raise ValueError(f"{path} is no BOOM model: it was saved by another algorithm. Load it with the class that saved it")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, this sb3_boom reads up to {FORMAT_VERSION}: upgrade sb3_boom to load it"
+        )
+
+
+def check_finite(values: Any, what: str, step: int, env_index: int | None = None) -> None:
+    """
+    Stop before a NaN spreads from an environment into buffer and networks.
+
+    :param values: array or dict of arrays; the first dimension is the environments', if ``env_index`` is None
+    :param what: name for the message
+    :param step: timestep for the message
+    :param env_index: the one environment that ``values`` are from
+    :raises ValueError: if a value is NaN or infinite
+    """
+    for value in values.values() if isinstance(values, dict) else [values]:
+        array = np.asarray(value)
+        if not np.issubdtype(array.dtype, np.floating) or np.isfinite(array).all():
+            continue
+        if env_index is None:
+            env_index = int(np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))[0])
+        raise ValueError(
+            f"environment {env_index} returned a {what} that is NaN or infinite at step {step}: "
+            "mend the environment, or wrap it so that it clips or ends the episode there"
+        )
