@@ -253,7 +253,7 @@ class BOOM(OffPolicyAlgorithm):
     ) -> tuple[int, BaseCallback]:
         th.set_flush_denormal(True)  # SimNorm's tiny gradients are subnormal floats, which slow a CPU down
         setup = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        check_finite(self._last_original_obs if self._last_original_obs is not None else self._last_obs, "observation", 0)
+        check_finite(self._last_obs if self._vec_normalize_env is None else self._last_original_obs, "an observation", 0)
         for name in ("gamma", "learning_starts", "pretrain_steps", "align_coef"):
             self.logger.record(f"config/{name}", getattr(self, name))
         return setup
@@ -501,11 +501,11 @@ class BOOM(OffPolicyAlgorithm):
     ) -> None:
         normalizer = self._vec_normalize_env
         raw_obs = new_obs if normalizer is None else normalizer.get_original_obs()
-        check_finite(raw_obs, "observation", self.num_timesteps)
-        check_finite(reward if normalizer is None else normalizer.get_original_reward(), "reward", self.num_timesteps)
+        check_finite(raw_obs, "an observation", self.num_timesteps)
+        check_finite(reward if normalizer is None else normalizer.get_original_reward(), "a reward", self.num_timesteps)
         for i, info in enumerate(infos):
             if dones[i] and (final := info.get("terminal_observation")) is not None:
-                check_finite(final, "observation", self.num_timesteps, env_index=i)
+                check_finite(final, "an observation", self.num_timesteps, env_index=i)
         if self._planned is not None:
             planner_action, planner_std = np.split(self._planned, 2, axis=1)
             for i, info in enumerate(infos):

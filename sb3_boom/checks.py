@@ -98,7 +98,7 @@ def check_finite(values: Any, what: str, step: int, env_index: int | None = None
     Stop before a NaN spreads from an environment into buffer and networks.
 
     :param values: array or dict of arrays; the first dimension is the environments', if ``env_index`` is None
-    :param what: name for the message
+    :param what: name for the message, with its article
     :param step: timestep for the message
     :param env_index: the one environment that ``values`` are from
     :raises ValueError: if a value is NaN or infinite
@@ -110,6 +110,6 @@ def check_finite(values: Any, what: str, step: int, env_index: int | None = None
         if env_index is None:
             env_index = int(np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))[0])
         raise ValueError(
-            f"environment {env_index} returned a {what} that is NaN or infinite at step {step}: "
+            f"environment {env_index} returned {what} that is NaN or infinite at step {step}: "
             "mend the environment, or wrap it so that it clips or ends the episode there"
         )
