@@ -107,7 +107,7 @@ class EndsBadly(SpoiltEnv):
 
 def test_non_finite_final_observation_is_refused():
     model = BOOM("MlpPolicy", EndsBadly(), **TINY)
-    with pytest.raises(ValueError, match="environment 0 returned an observation.* at step 5"):
+    with pytest.raises(ValueError, match=r"environment 0 returned an observation.* at step 5"):
         model.learn(10)
 
 
