@@ -129,8 +129,8 @@ class EnsembleNormedLinear(nn.Module):
         """
         :param x: ``[M, in_features]`` or ``[n, M, in_features]``
         :param members: see :meth:`EnsembleLinear.forward`
-        :param dropout_mask: units of the linear layer's output to keep, bool ``[n or m, M, out_features]``. Drawn by the
-            caller, since random numbers inside a compiled CPU kernel are drawn one by one.
+        :param dropout_mask: 1 for units of the linear layer's output to keep, else 0, ``[n or m, M, out_features]``.
+            Drawn by the caller, since random numbers inside a compiled CPU kernel are drawn one by one.
         :return: ``[n or m, M, out_features]``
         """
         weight: th.Tensor = self.norm_weight
@@ -140,7 +140,7 @@ class EnsembleNormedLinear(nn.Module):
         x = self.linear(x, members)
         if dropout_mask is not None:
             # the factor 1 / (1 - p) on what is kept would vanish in the LayerNorm
-            x = th.where(dropout_mask, x, 0.0)
+            x = x * dropout_mask
         x = F.layer_norm(x, x.shape[-1:])
         return mish(x * weight.unsqueeze(1) + bias.unsqueeze(1))
 
