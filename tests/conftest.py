@@ -5,8 +5,12 @@ import pathlib
 
 import pytest
 import torch as th
+from hypothesis import settings
 
 th.set_num_threads(1)  # tiny matrices: a second thread only costs
+# first calls are slow on a loaded machine, and a suite should fail on the change that breaks it
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.load_profile("suite")
 
 TINY_PLANNER = dict(n_samples=32, n_elites=4, n_policy_samples=2, n_iterations=2)
 TINY_POLICY = dict(model_size="tiny", mlp_dim=32, enc_dim=32, latent_dim=16, n_critics=3)

@@ -1,0 +1,265 @@
+"""The losses against formulas written out here, their masks, and where gradients go."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch as th
+from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
+
+from sb3_boom import losses
+from sb3_boom.actor import Actor
+from sb3_boom.critic import Critic
+from sb3_boom.losses import LossConfig
+from sb3_boom.world_model import WorldModel
+
+H, B, A, L, F = 3, 8, 2, 16, 5
+CONFIG = LossConfig(
+    gamma=0.9, rho=0.5, consistency_coef=20.0, reward_coef=0.1, value_coef=0.1, termination_coef=1.0, ent_coef=1e-4,
+    alignment="release", align_coef=0.04, align_weighting="softmax", align_temperature=1.0, tau=0.01,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    th.manual_seed(0)
+
+
+def make_networks(handle_terminations=True):
+    """World model, actor, critic and target critic, away from their initial symmetry."""
+    networks = (
+        WorldModel(F, A, L, 16, 16, simnorm_dim=8, handle_terminations=handle_terminations),
+        Actor(L, A, 16),
+        Critic(L, A, 16, 3),
+        Critic(L, A, 16, 3),
+    )
+    for module in networks:
+        for parameter in module.parameters():
+            parameter.data += 0.3 * th.randn_like(parameter)
+    networks[3].requires_grad_(False)
+    return networks
+
+
+def make_batch(valid=None):
+    batch = dict(
+        features=th.randn(B, F),
+        next_features=th.randn(H, B, F),
+        actions=th.rand(H, B, A) * 2 - 1,
+        rewards=th.randn(H, B, 1),
+        terminations=th.zeros(H, B, 1),
+        valid=th.ones(H, B, 1, dtype=th.bool) if valid is None else valid,
+    )
+    planner = dict(planner_actions=th.rand(H, B, A) * 2 - 1, planner_stds=th.rand(H, B, A) + 0.05)
+    return batch, planner
+
+
+def make_noise(dropout=0.0):
+    return losses.draw_noise(H, B, A, 3, 16, dropout, th.device("cpu"))
+
+
+def partly_valid():
+    valid = th.ones(H, B, 1, dtype=th.bool)
+    valid[1:, 0] = False
+    valid[2, 1] = False
+    return valid
+
+
+def both_losses(networks, batch, planner, noise, scale=3.0, config=CONFIG):
+    world_model, actor, critic, target = networks
+    model_loss, latents, model_terms = losses.model_loss(world_model, actor, critic, target, config, noise=noise, **batch)
+    policy_loss, _, q, policy_terms = losses.policy_loss(
+        actor, critic, config, latents, valid=batch["valid"], scale=th.tensor(scale), noise=noise, **planner
+    )
+    return model_loss, policy_loss, {**model_terms, **policy_terms}, q
+
+
+def gradients(networks, *loss):
+    for network in networks:
+        network.zero_grad()
+    for one in loss:
+        one.backward(retain_graph=True)
+    return {
+        f"{i}.{name}": parameter.grad.clone()
+        for i, network in enumerate(networks)
+        for name, parameter in network.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+# ------------------------------------------------------------------- TD target
+
+
+def test_termination_stops_the_target_and_truncation_bootstraps():
+    _, actor, _, target = make_networks()
+    z, rewards, noise, pair = th.rand(H, B, L), th.randn(H, B, 1), th.randn(H, B, A), th.tensor([2, 0])
+    ended = th.zeros(H, B, 1)
+    ended[1, 3] = 1.0
+    y = losses.td_target(actor, target, z, rewards, ended, 0.9, noise, pair)
+    logits = target(z, actor.sample(z, noise))
+    values = target.two_hot.decode(logits)
+    expected = rewards + 0.9 * th.minimum(values[2], values[0])  # the pair's minimum, the third critic left out
+    expected[1, 3] = rewards[1, 3]
+    th.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("handle_terminations", [True, False])
+def test_without_termination_head_every_end_bootstraps(handle_terminations):
+    networks, noise = make_networks(handle_terminations), make_noise()
+    batch, planner = make_batch()
+    _, _, before, _ = both_losses(networks, batch, planner, noise)
+    batch["terminations"] = th.ones(H, B, 1)
+    _, _, after, _ = both_losses(networks, batch, planner, noise)
+    assert ("termination_loss" in after) == handle_terminations
+    assert (before["value_loss"] != after["value_loss"]) == handle_terminations
+
+
+# ----------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("alignment", losses.ALIGNMENTS)
+@pytest.mark.parametrize("weighting", losses.ALIGN_WEIGHTINGS)
+def test_nan_in_an_invalid_step_leaves_losses_and_gradients_unchanged(alignment, weighting):
+    networks, noise, valid = make_networks(), make_noise(), partly_valid()
+    config = replace(CONFIG, alignment=alignment, align_weighting=weighting)
+    batch, planner = make_batch(valid)
+    results = []
+    for _ in range(2):
+        model_loss, policy_loss, terms, _ = both_losses(networks, batch, planner, noise, config=config)
+        results.append((terms, gradients(networks, model_loss, policy_loss)))
+        for data in (batch, planner):
+            for name in set(data) - {"valid", "features"}:
+                data[name] = th.where(valid, data[name], th.nan)
+    for clean, spoilt in zip(*results, strict=True):
+        assert clean.keys() == spoilt.keys()
+        for name in clean:
+            assert th.isfinite(spoilt[name]).all(), name
+            th.testing.assert_close(spoilt[name], clean[name], msg=name)
+
+
+def test_every_transition_keeps_its_weight_whatever_is_masked():
+    per_step = th.randn(H, B, 1)
+    valid, weights = partly_valid(), losses.time_weights(H, 0.5, per_step)
+    expected = sum(0.5**t * per_step[t][valid[t]].sum() for t in range(H)) / (H * B)
+    th.testing.assert_close(losses.masked_mean(per_step, valid, weights), expected)
+
+
+def test_time_steps_are_weighted_by_powers_of_rho():
+    th.testing.assert_close(losses.time_weights(3, 0.5, th.ones(())).ravel(), th.tensor([1.0, 0.5, 0.25]) / 3)
+
+
+# ------------------------------------------------------------------- gradients
+
+
+def test_policy_loss_reaches_the_policy_alone():
+    networks, noise = make_networks(), make_noise(dropout=0.01)
+    batch, planner = make_batch()
+    _, policy_loss, _, _ = both_losses(networks, batch, planner, noise)
+    assert {name.split(".")[0] for name in gradients(networks, policy_loss)} == {"1"}
+
+
+def test_model_loss_reaches_world_model_and_critics_alone():
+    networks, noise = make_networks(), make_noise(dropout=0.01)
+    batch, planner = make_batch()
+    model_loss, _, _, _ = both_losses(networks, batch, planner, noise)
+    found = gradients(networks, model_loss)
+    expected = {f"{i}.{name}" for i in (0, 2) for name, _ in networks[i].named_parameters()}
+    assert set(found) == expected
+
+
+# ------------------------------------------------------- weights, scale, dropout
+
+
+def test_soft_value_weights_are_a_softmax_over_the_valid_batch():
+    q, valid = th.randn(H, B, 1), partly_valid()
+    valid[2] = False  # a time step that no window reaches
+    weights = losses.value_weights(q, valid, "softmax", 0.5)
+    for t in range(2):
+        expected = np.exp(q[t][valid[t]].numpy() / 0.5)
+        np.testing.assert_allclose(weights[t][valid[t]], expected / expected.sum(), rtol=1e-5)
+    assert not weights[~valid].any()
+    uniform = losses.value_weights(q, valid, "uniform", 0.5)
+    assert (uniform[valid] == 1 / B).all()
+    assert not uniform[~valid].any()
+
+
+@pytest.mark.parametrize("n", [1, 2, 37, 256])
+def test_scale_follows_the_percentile_range(n):
+    values = 20 * th.randn(n, 1)
+    spread = max(1.0, np.subtract(*np.percentile(values.numpy(), [95, 5])))
+    assert losses.update_scale(th.tensor(4.0), values, 0.1).item() == pytest.approx(4.0 + 0.1 * (spread - 4.0), rel=1e-5)
+
+
+def test_dropout_drops_one_unit_in_a_hundred_and_is_off_without_a_mask():
+    noise = losses.draw_noise(3, 128, A, 5, 128, 0.01, th.device("cpu"))
+    for mask, n in ((noise.value_dropout, 5), (noise.policy_dropout, 2)):
+        assert mask.shape == (n, 3 * 128, 128)
+        assert set(mask.unique().tolist()) == {0.0, 1.0}
+        assert abs(1.0 - mask.mean().item() - 0.01) < 0.002
+    assert make_noise(dropout=0.0).value_dropout is None
+    critic = make_networks()[2]
+    z, action, kept = th.rand(B, L), th.rand(B, A), th.ones(3, B, 16)
+    th.testing.assert_close(critic(z, action, dropout_mask=kept), critic(z, action))
+    kept[1, :, 4] = 0.0
+    changed = critic(z, action, dropout_mask=kept) != critic(z, action)
+    assert changed.flatten(1).any(1).tolist() == [False, True, False]
+
+
+# -------------------------------------------------------------------- alignment
+
+
+def likelihood(alignment, scale, **given):
+    arguments = dict(
+        mean=th.randn(H, B, A), log_std=th.rand(H, B, A) - 2.0, noise=th.randn(H, B, A),
+        planner_actions=th.rand(H, B, A) * 1.8 - 0.9, planner_stds=th.rand(H, B, A) + 0.05,
+    )  # fmt: skip
+    arguments.update(given)
+    return losses.alignment_likelihood(alignment, scale=th.tensor(scale), **arguments), arguments
+
+
+def test_release_alignment_pulls_the_sample_towards_the_planner_once_the_scale_opens_the_gate():
+    closed, _ = likelihood("release", 2.0)
+    assert not closed.any()
+    opened, given = likelihood("release", 4.0)
+    std = given["log_std"].exp().clamp(min=0.05)
+    action = th.tanh(given["mean"] + given["noise"] * given["log_std"].exp())
+    density = Normal(given["planner_actions"], std).log_prob(action).sum(-1, keepdim=True)
+    # the release counts ½ ln 2π once, then multiplies by A
+    expected = A * (density + (A - 1) * 0.5 * np.log(2 * np.pi)) / 4.0
+    th.testing.assert_close(opened, expected)
+
+
+def test_forward_kl_is_the_likelihood_of_the_planners_action():
+    ours, given = likelihood("forward_kl", 4.0)
+    policy = Independent(Normal(given["mean"], given["log_std"].exp()), 1)
+    expected = policy.log_prob(th.atanh(given["planner_actions"])).unsqueeze(-1) / 4.0
+    th.testing.assert_close(ours, expected)
+    at_bounds, _ = likelihood("forward_kl", 4.0, planner_actions=th.ones(H, B, A))
+    assert th.isfinite(at_bounds).all()
+
+
+def test_forward_kl_teaches_mean_and_std():
+    mean, log_std = th.zeros(H, B, A, requires_grad=True), th.zeros(H, B, A, requires_grad=True)
+    ours, _ = likelihood("forward_kl", 4.0, mean=mean, log_std=log_std)
+    ours.sum().backward()
+    assert mean.grad.any()
+    assert log_std.grad.any()
+
+
+def test_reverse_kl_is_the_sampled_divergence_from_the_planners_gaussian():
+    ours, given = likelihood("reverse_kl", 4.0)
+    gaussian = Normal(given["mean"].double(), given["log_std"].double().exp())
+    policy = Independent(TransformedDistribution(gaussian, [TanhTransform(cache_size=1)]), 1)
+    action = th.tanh(given["mean"] + given["noise"] * given["log_std"].exp()).double()
+    planner = Independent(Normal(given["planner_actions"].double(), given["planner_stds"].double()), 1)
+    expected = (planner.log_prob(action) - policy.log_prob(action)).unsqueeze(-1) / 4.0
+    th.testing.assert_close(ours.double(), expected, rtol=1e-2, atol=1e-2)  # the release's 1e-6 inside the log
+
+
+def test_no_alignment_is_no_alignment():
+    ours, _ = likelihood("none", 4.0)
+    assert not ours.any()
+    networks, noise = make_networks(), make_noise()
+    batch, planner = make_batch()
+    _, loss, terms, _ = both_losses(networks, batch, planner, noise, config=replace(CONFIG, alignment="none"))
+    th.testing.assert_close(loss.detach(), terms["policy_value_loss"])
+    assert terms["align_active"] == 0.0
