@@ -33,5 +33,14 @@ format: .venv/.installed
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/black --quiet $(SOURCES)
 
+# The learning curves under benchmarks/results: three seeds, one thread each, two at a time
+EVIDENCE := --no-progress --threads 1 --eval-envs 10
+evidence: .venv/.installed
+	mkdir -p logs benchmarks/results
+	printf '%s\n' 0 1 2 | xargs -P 2 -I{} $(BIN)/python scripts/train.py $(EVIDENCE) --seed {} \
+		--env InvertedPendulum-v5 --steps 10000 --eval-freq 2500 --csv benchmarks/results/inverted-pendulum.csv
+	printf '%s\n' 0 1 2 | xargs -P 2 -I{} $(BIN)/python scripts/train.py $(EVIDENCE) --seed {} \
+		--env dm_control/cartpole-swingup-v0 --steps 50000 --eval-freq 10000 --csv benchmarks/results/cartpole-swingup.csv
+
 clean:
 	rm -rf .venv logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
