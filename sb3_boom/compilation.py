@@ -1,7 +1,6 @@
 """torch.compile where it works (torch only)."""
 
 import functools
-import logging
 import os
 import shutil
 import warnings
@@ -9,7 +8,7 @@ from collections.abc import Callable
 
 import torch as th
 
-logger = logging.getLogger(__name__)
+MAX_GRAPHS = 64  # of one function in one process
 
 
 @functools.cache
@@ -20,6 +19,8 @@ def compiled(function: Callable) -> Callable:
     :param function: a function of tensors, modules and constants without graph breaks
     :return: the compiled function, which compiles at its first call
     """
+    # a graph per model shape and number of environments: more than the eight that torch allows a function by default
+    th._dynamo.config.recompile_limit = max(th._dynamo.config.recompile_limit, MAX_GRAPHS)
     return th.compile(function, fullgraph=True, dynamic=False)
 
 
