@@ -21,6 +21,7 @@ import torch as th
 import yaml
 from rl_zoo3.utils import get_wrapper_class
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_boom import BOOM
@@ -98,15 +99,14 @@ def revision() -> str:
     return result.stdout.strip() or "unknown"
 
 
-def plot(path: pathlib.Path, monitor_csv: pathlib.Path, evaluations: PlannerPriorEvalCallback, title: str) -> None:
+def plot(path: pathlib.Path, evaluations: PlannerPriorEvalCallback, title: str) -> None:
     """Training episodes and evaluations against agent steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import pandas as pd
 
-    episodes = pd.read_csv(monitor_csv, skiprows=1)
+    episodes = load_results(str(path.parent))  # of all training environments, by time
     figure, axes = plt.subplots(figsize=(7, 4))
     axes.plot(episodes["l"].cumsum(), episodes["r"], ".-", color="0.6", label="training episodes")
     for name, returns in (("planner", evaluations.planner_returns), ("policy prior", evaluations.prior_returns)):
@@ -128,10 +128,10 @@ def main() -> None:
     steps = args.steps or int(hyperparams["n_timesteps"])
     folder = args.folder or ROOT / "logs" / f"{args.env.replace('/', '-')}-seed{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    env = make_env(args.env, hyperparams, args.seed, monitor_dir=str(folder))
+    env = make_env(args.env, hyperparams, args.seed, hyperparams.get("n_envs", 1), monitor_dir=str(folder))
     eval_env = make_env(args.env, hyperparams, args.seed + 1000, n_envs=args.eval_envs)
 
-    settings = {key: value for key, value in hyperparams.items() if key not in ("n_timesteps", "env_wrapper")}
+    settings = {key: value for key, value in hyperparams.items() if key not in ("n_envs", "n_timesteps", "env_wrapper")}
     if args.no_compile:
         settings["compile"] = False
     model = BOOM(env=env, seed=args.seed, verbose=1, **settings)
@@ -139,7 +139,7 @@ def main() -> None:
     evaluations = CsvEvalCallback(
         eval_env,
         args.eval_episodes,
-        args.eval_freq,
+        args.eval_freq // env.num_envs,
         path=args.csv or folder / "evaluations.csv",
         fixed=dict(task=args.env, variant=model.alignment, seed=args.seed, revision=revision(), versions=versions),
         action_repeat=env_steps_per_agent_step(env),
@@ -148,7 +148,7 @@ def main() -> None:
     if not evaluations.timesteps or evaluations.timesteps[-1] != model.num_timesteps:
         evaluations.evaluate()
     model.save(folder / "model.zip")
-    plot(folder / "learning_curve.png", folder / "0.monitor.csv", evaluations, f"BOOM on {args.env}, seed {args.seed}")
+    plot(folder / "learning_curve.png", evaluations, f"BOOM on {args.env}, seed {args.seed}")
 
     print(f"planner:      mean return {np.mean(evaluations.planner_returns[-1]):.1f} over {args.eval_episodes} episodes")
     print(f"policy prior: mean return {np.mean(evaluations.prior_returns[-1]):.1f} over {args.eval_episodes} episodes")
