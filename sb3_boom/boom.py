@@ -21,6 +21,7 @@ from stable_baselines3.common.utils import polyak_update
 from sb3_boom import losses
 from sb3_boom.buffers import SubTrajectories, WeightedReplayBuffer
 from sb3_boom.checks import FORMAT_VERSION, check_archive, check_finite, check_settings
+from sb3_boom.compilation import subnormals_flushed
 from sb3_boom.episode_length import episode_length
 from sb3_boom.losses import LossConfig, UpdateNoise
 from sb3_boom.meters import Meters
@@ -251,7 +252,6 @@ class BOOM(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        th.set_flush_denormal(True)  # SimNorm's tiny gradients are subnormal floats, which slow a CPU down
         setup = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         check_finite(self._last_obs if self._vec_normalize_env is None else self._last_original_obs, "an observation", 0)
         for name in ("gamma", "learning_starts", "pretrain_steps", "align_coef"):
@@ -286,24 +286,25 @@ class BOOM(OffPolicyAlgorithm):
         callback = cast(BaseCallback, callback)
         callback.on_training_start(locals(), globals())
         assert self.env is not None and self.replay_buffer is not None
-        # SB3's loop, but for the end of warm-up: SB3 counts it in timesteps, which a second learn() resets
-        while self.num_timesteps < total_timesteps:
-            rollout = self.collect_rollouts(
-                self.env,
-                train_freq=self.train_freq,  # type: ignore[arg-type]
-                action_noise=self.action_noise,
-                callback=callback,
-                learning_starts=self.learning_starts,
-                replay_buffer=self.replay_buffer,
-                log_interval=log_interval,
-            )
-            if not rollout.continue_training:
-                break
-            if not self._in_warmup():
-                self._pretrain()
-                gradient_steps = self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
-                if gradient_steps > 0:
-                    self.train(gradient_steps=gradient_steps, batch_size=self.batch_size)
+        with subnormals_flushed():
+            # SB3's loop, but for the end of warm-up: SB3 counts it in timesteps, which a second learn() resets
+            while self.num_timesteps < total_timesteps:
+                rollout = self.collect_rollouts(
+                    self.env,
+                    train_freq=self.train_freq,  # type: ignore[arg-type]
+                    action_noise=self.action_noise,
+                    callback=callback,
+                    learning_starts=self.learning_starts,
+                    replay_buffer=self.replay_buffer,
+                    log_interval=log_interval,
+                )
+                if not rollout.continue_training:
+                    break
+                if not self._in_warmup():
+                    self._pretrain()
+                    gradient_steps = self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
+                    if gradient_steps > 0:
+                        self.train(gradient_steps=gradient_steps, batch_size=self.batch_size)
         callback.on_training_end()
         return self
 

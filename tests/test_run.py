@@ -299,6 +299,11 @@ def test_planner_and_prior_are_evaluated_side_by_side():
     assert np.shape(callback.planner_returns) == np.shape(callback.prior_returns) == (2, 2)
 
 
+def test_learning_leaves_float_arithmetic_as_it_was():
+    make_model().learn(30)
+    assert np.float64(1e-310) * 1.0 != 0.0
+
+
 def test_gradient_steps_zero_only_collects():
     model = make_model(gradient_steps=0).learn(40)
     assert model._n_updates == 0
