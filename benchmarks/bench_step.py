@@ -18,6 +18,7 @@ import torch as th
 import yaml
 
 from sb3_boom import BOOM
+from sb3_boom.compilation import subnormals_flushed
 
 PRESET = pathlib.Path(__file__).parents[1] / "zoo_hyperparams" / "boom-cpu.yml"
 
@@ -78,4 +79,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with subnormals_flushed():  # as while learning
+        main()
