@@ -51,7 +51,7 @@ def compiler_works(device_type: str) -> bool:
             reason = str(error).strip().splitlines()[0]
     if reason is not None:
         warnings.warn(
-            f"BOOM runs without torch.compile, at about half the speed ({reason}). Pass compile=False to silence this.",
+            f"BOOM runs without torch.compile, which is slower ({reason}). Pass compile=False to silence this.",
             stacklevel=2,
         )
     return reason is None
