@@ -16,7 +16,6 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import polyak_update
 
 from sb3_boom import losses
 from sb3_boom.buffers import SubTrajectories, WeightedReplayBuffer
@@ -398,7 +397,7 @@ class BOOM(OffPolicyAlgorithm):
         with th.no_grad():
             policy.q_scale.copy_(q_scale)
             th.maximum(policy.terminations_seen, batch.terminations.amax(), out=policy.terminations_seen)
-        polyak_update(policy.critic.parameters(), policy.critic_target.parameters(), self.tau)
+            th._foreach_lerp_(list(policy.critic_target.parameters()), list(policy.critic.parameters()), self.tau)
         self.replay_buffer.update_values(batch.indices, values, batch.valid, q_scale)  # type: ignore[union-attr]
         self.meters.add_terms({**model_terms, **policy_terms, "grad_norm": grad_norm, "policy_grad_norm": actor_grad_norm})
 

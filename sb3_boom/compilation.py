@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 
 import torch as th
 
+from sb3_boom import kernels
+
 MAX_GRAPHS = 64  # of one function in one process
 
 
@@ -67,6 +69,8 @@ def choose_compiler(setting: bool | str, device: th.device) -> Callable[[Callabl
     if setting not in (True, False, "auto"):
         raise ValueError(f'compile must be True, False or "auto", not {setting!r}')
     if setting is True or (setting == "auto" and compiler_works(device.type)):
+        if device.type == "cpu":
+            kernels.load()
         return compiled
     return eager
 

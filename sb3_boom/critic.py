@@ -39,8 +39,8 @@ class Critic(nn.Module):
         """
         x = th.cat([z, action], dim=-1)
         h = self.first(x.flatten(0, -2), members, dropout_mask)
-        logits = self.head(self.second(h, members), members)
-        return logits.unflatten(1, x.shape[:-1])
+        logits, bias = self.head(self.second(h, members), members)
+        return (logits + bias.unsqueeze(1)).unflatten(1, x.shape[:-1])
 
     def values(self, z: th.Tensor, action: th.Tensor, members: th.Tensor, dropout_mask: th.Tensor | None = None) -> th.Tensor:
         """

@@ -7,6 +7,8 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_boom import kernels
+
 INIT_STD = 0.02
 
 
@@ -34,6 +36,29 @@ class Mish(nn.Module):
         :return: same shape
         """
         return mish(x)
+
+
+def norm_mish(
+    h: th.Tensor, bias: th.Tensor, weight: th.Tensor, shift: th.Tensor, dropout_mask: th.Tensor | None = None
+) -> th.Tensor:
+    """
+    Bias, dropout, LayerNorm and Mish: all that follows a layer's matrix product, for ``n`` ensemble members.
+
+    :param h: the matrix product, ``[n, M, F]``
+    :param bias: of the linear layer, ``[n, F]``
+    :param weight: of the LayerNorm, ``[n, F]``
+    :param shift: the LayerNorm's bias, ``[n, F]``
+    :param dropout_mask: 1 for units to keep, else 0, ``[n, M, F]``. Drawn by the caller, since random numbers inside a
+        compiled CPU kernel are drawn one by one. Default None: no dropout
+    :return: ``[n, M, F]``
+    """
+    if kernels.usable(h):
+        return kernels.norm_mish(h, bias, weight, shift, dropout_mask)
+    x = h + bias.unsqueeze(1)
+    if dropout_mask is not None:
+        # the factor 1 / (1 - p) on what is kept would vanish in the LayerNorm
+        x = x * dropout_mask
+    return mish(F.layer_norm(x, x.shape[-1:]) * weight.unsqueeze(1) + shift.unsqueeze(1))
 
 
 class SimNorm(nn.Module):
@@ -76,7 +101,11 @@ class NormedLinear(nn.Module):
         :param x: ``[..., in_features]``
         :return: ``[..., out_features]``
         """
-        return self.activation(self.norm(self.linear(x)))
+        if not (isinstance(self.activation, Mish) and kernels.usable(x)):
+            return self.activation(self.norm(self.linear(x)))
+        h = F.linear(x, self.linear.weight).flatten(0, -2).unsqueeze(0)
+        bias, weight, shift = (p.unsqueeze(0) for p in (self.linear.bias, self.norm.weight, self.norm.bias))
+        return norm_mish(h, bias, weight, shift).view(*x.shape[:-1], -1)
 
 
 class EnsembleLinear(nn.Module):
@@ -94,20 +123,23 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(th.zeros(n_members, out_features))
         nn.init.normal_(self.weight, std=INIT_STD)
 
-    def forward(self, x: th.Tensor, members: th.Tensor | None = None) -> th.Tensor:
+    def forward(self, x: th.Tensor, members: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
         """
+        The matrix product, and the bias that is yet to be added: where that is done it costs no pass over memory.
+
         :param x: ``[M, in_features]``, shared by all members, or ``[n, M, in_features]``
         :param members: ``[m]`` int64, the members to compute, **as constants**: their weights get no gradient.
             Default: all, with gradients.
-        :return: ``[n or m, M, out_features]``
+        :return: ``[n or m, M, out_features]`` and ``[n or m, out_features]``
         """
         weight: th.Tensor = self.weight
         bias: th.Tensor = self.bias
         if members is not None:
             weight, bias = weight.detach()[members], bias.detach()[members]
         if x.ndim == 2:
-            x = x.expand(weight.shape[0], *x.shape)
-        return th.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+            # one large matrix product for all members, instead of one small one each
+            return F.linear(x, weight.flatten(0, 1)).unflatten(1, weight.shape[:2]).transpose(0, 1), bias
+        return th.bmm(x, weight.transpose(1, 2)), bias
 
 
 class EnsembleNormedLinear(nn.Module):
@@ -129,20 +161,14 @@ class EnsembleNormedLinear(nn.Module):
         """
         :param x: ``[M, in_features]`` or ``[n, M, in_features]``
         :param members: see :meth:`EnsembleLinear.forward`
-        :param dropout_mask: 1 for units of the linear layer's output to keep, else 0, ``[n or m, M, out_features]``.
-            Drawn by the caller, since random numbers inside a compiled CPU kernel are drawn one by one.
+        :param dropout_mask: see :func:`norm_mish`, ``[n or m, M, out_features]``
         :return: ``[n or m, M, out_features]``
         """
         weight: th.Tensor = self.norm_weight
-        bias: th.Tensor = self.norm_bias
+        shift: th.Tensor = self.norm_bias
         if members is not None:
-            weight, bias = weight.detach()[members], bias.detach()[members]
-        x = self.linear(x, members)
-        if dropout_mask is not None:
-            # the factor 1 / (1 - p) on what is kept would vanish in the LayerNorm
-            x = x * dropout_mask
-        x = F.layer_norm(x, x.shape[-1:])
-        return mish(x * weight.unsqueeze(1) + bias.unsqueeze(1))
+            weight, shift = weight.detach()[members], shift.detach()[members]
+        return norm_mish(*self.linear(x, members), weight, shift, dropout_mask)
 
 
 def init_linear(layer: nn.Linear) -> None:
