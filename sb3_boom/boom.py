@@ -1,10 +1,8 @@
 """BOOM: collect with the planner, store what it did, learn from it."""
 
-import inspect
 import io
 import pathlib
 import time
-import warnings
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
@@ -18,18 +16,25 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from sb3_boom import losses
-from sb3_boom.buffers import SubTrajectories, WeightedReplayBuffer
-from sb3_boom.checks import FORMAT_VERSION, check_archive, check_finite, check_settings
+from sb3_boom.buffers import WeightedReplayBuffer
+from sb3_boom.checks import (
+    FORMAT_VERSION,
+    check_archive,
+    check_finite,
+    check_load_arguments,
+    check_settings,
+    warn_if_never_aligned,
+    warn_if_slow,
+)
 from sb3_boom.compilation import subnormals_flushed
 from sb3_boom.episode_length import episode_length
-from sb3_boom.losses import LossConfig, UpdateNoise
+from sb3_boom.losses import LossConfig
 from sb3_boom.meters import Meters
 from sb3_boom.policies import BOOMPolicy, CnnPolicy, MlpPolicy, MultiInputPolicy, PolicyPrior, finite_actions, is_dog_sized
+from sb3_boom.update import update
 
 SelfBOOM = TypeVar("SelfBOOM", bound="BOOM")
 
-SLOW_ON_CPU = 4_000_000  # parameters
-GATE_WARNING_STEPS = 50_000
 PRETRAIN_CHUNK = 100  # updates between two lines of progress
 
 
@@ -199,7 +204,7 @@ class BOOM(OffPolicyAlgorithm):
         self.compile = compile
         self.pretrain_updates = 0  # of pretrain_steps, done so far
         self.meters = Meters()
-        self._warned: set[str] = set()
+        self.warned: set[str] = set()
         self._planner_mean: th.Tensor | None = None
         self._planned: np.ndarray | None = None
         if _init_setup_model:
@@ -347,87 +352,12 @@ class BOOM(OffPolicyAlgorithm):
                 self.policy.dropout,
                 self.device,
             )
-            self._update(batch, noise, config)
+            values, terms = update(self.policy, batch, noise, config, self.max_grad_norm)
+            self.replay_buffer.update_values(batch.indices, values, batch.valid, self.policy.q_scale)
+            self.meters.add_terms(terms)
         self._n_updates += gradient_steps
         self.meters.add_seconds("update", time.perf_counter() - start, gradient_steps)
-        self._warn_if_slow()
-
-    def _update(self, batch: SubTrajectories, noise: UpdateNoise, config: LossConfig) -> None:
-        """
-        One update (paper, Algorithm 1; reference, sections 5 and 6).
-
-        :param batch: sub-trajectories
-        :param noise: all of its randomness
-        :param config: coefficients
-        """
-        policy = self.policy
-        features, next_features = self._features(batch.observations)
-
-        # World model and critics: predict latents, rewards, terminations and values along the latent rollout
-        loss, latents, model_terms = policy.compiler(losses.model_loss)(
-            policy.world_model,
-            policy.actor,
-            policy.critic,
-            policy.critic_target,
-            config,
-            features,
-            next_features,
-            batch.actions,
-            batch.rewards,
-            batch.terminations,
-            batch.valid,
-            noise,
-        )
-        grad_norm = self._step(policy.model_optimizer, loss)
-
-        # Policy: maximise value, align with the planner where value is high
-        loss, q_scale, values, policy_terms = policy.compiler(losses.policy_loss)(
-            policy.actor,
-            policy.critic,
-            config,
-            latents,
-            batch.planner_actions,
-            batch.planner_stds,
-            batch.valid,
-            policy.q_scale,
-            noise,
-        )
-        actor_grad_norm = self._step(policy.actor_optimizer, loss)
-
-        with th.no_grad():
-            policy.q_scale.copy_(q_scale)
-            th.maximum(policy.terminations_seen, batch.terminations.amax(), out=policy.terminations_seen)
-            th._foreach_lerp_(list(policy.critic_target.parameters()), list(policy.critic.parameters()), self.tau)
-        self.replay_buffer.update_values(batch.indices, values, batch.valid, q_scale)  # type: ignore[union-attr]
-        self.meters.add_terms({**model_terms, **policy_terms, "grad_norm": grad_norm, "policy_grad_norm": actor_grad_norm})
-
-    def _features(self, observations: Any) -> tuple[th.Tensor, th.Tensor]:
-        """
-        :param observations: ``[H+1, B, ...]``, or a dict of such
-        :return: features of the first ones ``[B, F]`` and of the others ``[H, B, F]``, these without gradient
-        """
-        if isinstance(observations, dict):
-            first = {key: value[0] for key, value in observations.items()}
-            following: Any = {key: value[1:].flatten(0, 1) for key, value in observations.items()}
-        else:
-            first, following = observations[0], observations[1:].flatten(0, 1)
-        features = self.policy.features(first)
-        with th.no_grad():
-            next_features = self.policy.features(following)
-        return features, next_features.unflatten(0, (self.horizon, -1))
-
-    def _step(self, optimizer: th.optim.Optimizer, loss: th.Tensor) -> th.Tensor:
-        """
-        :param optimizer: steps its parameters down the gradient of the loss, clipped
-        :param loss: scalar
-        :return: norm of the gradient before clipping
-        """
-        optimizer.zero_grad()
-        loss.backward()
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-        optimizer.step()
-        return norm
+        warn_if_slow(self)
 
     def _loss_config(self) -> LossConfig:
         # a buffer that draws by value has weighted the batch already
@@ -529,34 +459,10 @@ class BOOM(OffPolicyAlgorithm):
             self.logger.record(f"train/{name}", value)
         if terms:
             self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-            self._warn_if_never_aligned(terms["align_active"])
+            warn_if_never_aligned(self, terms["align_active"])
         for name, milliseconds in self.meters.take_milliseconds().items():
             self.logger.record(f"time/{name}_ms", milliseconds)
         super().dump_logs()
-
-    def _warn_if_never_aligned(self, align_active: float) -> None:
-        if align_active > 0.0 or self.alignment == "none":
-            self._warned.add("alignment")  # it can be on: no warning needed any more
-        elif self.num_timesteps >= GATE_WARNING_STEPS and "alignment" not in self._warned:
-            self._warned.add("alignment")
-            warnings.warn(
-                f"the policy was never aligned with the planner in {self.num_timesteps} steps: the Q scale stays at or below "
-                f'{losses.GATE_SCALE}, where alignment="release" is off. Scale rewards up, or use alignment="forward_kl".',
-                stacklevel=2,
-            )
-
-    def _warn_if_slow(self) -> None:
-        """Once, on a CPU: what a step of a large model costs."""
-        milliseconds = self.meters.milliseconds()
-        if self.device.type != "cpu" or "slow" in self._warned or self._n_updates < 20 or "plan" not in milliseconds:
-            return
-        self._warned.add("slow")
-        if sum(parameter.numel() for parameter in self.policy.parameters()) >= SLOW_ON_CPU:
-            warnings.warn(
-                f"one step of this model takes about {sum(milliseconds.values()):.0f} ms on this CPU. "
-                'policy_kwargs=dict(model_size="tiny") with fewer planner samples takes a fraction of it.',
-                stacklevel=2,
-            )
 
     # ---------------------------------------------------------------- save, load
 
@@ -592,8 +498,5 @@ class BOOM(OffPolicyAlgorithm):
         :raises TypeError: for an argument that the constructor does not have
         """
         check_archive(path)
-        known = inspect.signature(BOOM).parameters
-        unknown = sorted(set(kwargs) - set(known))
-        if unknown:
-            raise TypeError(f"BOOM.load() got unexpected arguments {', '.join(unknown)}: choose among {', '.join(known)}")
+        check_load_arguments(BOOM, kwargs)
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)

@@ -4,6 +4,7 @@ import inspect
 import io
 import json
 import pathlib
+import warnings
 import zipfile
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from sb3_boom.boom import BOOM
 
 FORMAT_VERSION = 1  # of saved archives
+SLOW_ON_CPU = 4_000_000  # parameters
+GATE_WARNING_STEPS = 50_000
 # arguments of the policy that the algorithm passes on
 OWNED_BY_BOOM = ("encoder_lr_scale", "handle_terminations", "planner", "planner_kwargs", "horizon", "gamma", "compile")
 
@@ -112,4 +115,52 @@ def check_finite(values: Any, what: str, step: int, env_index: int | None = None
         raise ValueError(
             f"environment {env_index} returned {what} that is NaN or infinite at step {step}: "
             "mend the environment, or wrap it so that it clips or ends the episode there"
+        )
+
+
+def check_load_arguments(algorithm: type["BOOM"], kwargs: dict[str, Any]) -> None:
+    """
+    :param algorithm: whose constructor knows the names
+    :param kwargs: constructor arguments to change when loading
+    :raises TypeError: for a name that the constructor does not have
+    """
+    known = inspect.signature(algorithm).parameters
+    unknown = sorted(set(kwargs) - set(known))
+    if unknown:
+        raise TypeError(f"BOOM.load() got unexpected arguments {', '.join(unknown)}: choose among {', '.join(known)}")
+
+
+def warn_if_never_aligned(model: "BOOM", align_active: float) -> None:
+    """
+    Once, after long training: the alignment never took part.
+
+    :param model: the model
+    :param align_active: how often it did since the last log, from 0 to 1
+    """
+    if align_active > 0.0 or model.alignment == "none":
+        model.warned.add("alignment")  # it can be on: no warning needed any more
+    elif model.num_timesteps >= GATE_WARNING_STEPS and "alignment" not in model.warned:
+        model.warned.add("alignment")
+        warnings.warn(
+            f"the policy was never aligned with the planner in {model.num_timesteps} steps: the Q scale stays at or below "
+            f'{losses.GATE_SCALE}, where alignment="release" is off. Scale rewards up, or use alignment="forward_kl".',
+            stacklevel=2,
+        )
+
+
+def warn_if_slow(model: "BOOM") -> None:
+    """
+    Once, on a CPU: what a step of a large model costs.
+
+    :param model: the model
+    """
+    milliseconds = model.meters.milliseconds()
+    if model.device.type != "cpu" or "slow" in model.warned or model._n_updates < 20 or "plan" not in milliseconds:
+        return
+    model.warned.add("slow")
+    if sum(parameter.numel() for parameter in model.policy.parameters()) >= SLOW_ON_CPU:
+        warnings.warn(
+            f"one step of this model takes about {sum(milliseconds.values()):.0f} ms on this CPU. "
+            'policy_kwargs=dict(model_size="tiny") with fewer planner samples takes a fraction of it.',
+            stacklevel=2,
         )

@@ -168,7 +168,8 @@ class EnsembleNormedLinear(nn.Module):
         shift: th.Tensor = self.norm_bias
         if members is not None:
             weight, shift = weight.detach()[members], shift.detach()[members]
-        return norm_mish(*self.linear(x, members), weight, shift, dropout_mask)
+        h, bias = self.linear(x, members)
+        return norm_mish(h, bias, weight, shift, dropout_mask)
 
 
 def init_linear(layer: nn.Linear) -> None:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -286,7 +287,7 @@ def test_losses_and_times_are_logged(tmp_path):
 
 
 def test_a_policy_that_is_never_aligned_is_warned_about(monkeypatch):
-    monkeypatch.setattr("sb3_boom.boom.GATE_WARNING_STEPS", 30)
+    monkeypatch.setattr("sb3_boom.checks.GATE_WARNING_STEPS", 30)
     model = make_model()
     with pytest.warns(UserWarning, match="never aligned"):
         model.learn(60, log_interval=1)
@@ -309,17 +310,15 @@ def test_gradient_steps_zero_only_collects():
     assert model._n_updates == 0
 
 
-@pytest.mark.slow
-def test_cost_of_an_update_does_not_grow():
+@pytest.mark.parametrize("n_updates", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_cost_of_an_update_does_not_grow(n_updates):
     """A graph kept alive by the target critics would slow updates down for ever."""
-    import time
-
     model = make_model(learning_starts=200, pretrain_steps=0).learn(200)
     seconds = []
-    for _ in range(20_000):
-        start = time.perf_counter()
+    for _ in range(n_updates):
+        start = time.thread_time()  # of this thread, whatever else the machine does
         model.train(1, 16)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.thread_time() - start)
     assert np.median(seconds[-200:]) <= 1.1 * np.median(seconds[200:400])
 
 
