@@ -244,7 +244,7 @@ class BOOMPolicy(BasePolicy):
     def _deterministic_noise(self, obs: PyTorchObs) -> planner.PlannerNoise:
         """Noise that depends on each row's observation alone. :param obs: observations ``[E, ...]``"""
         parts = [obs[key] for key in sorted(obs)] if isinstance(obs, dict) else [obs]
-        rows = [part.flatten(1).float().cpu().numpy() for part in parts]
+        rows = [part.reshape(len(part), -1).float().cpu().numpy() for part in parts]
         generator = th.Generator(self.device)
         noises = []
         for row in zip(*rows, strict=True):

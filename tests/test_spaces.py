@@ -1,0 +1,148 @@
+"""Observations and actions of every kind that SB3 preprocesses; as SB3's own test_spaces, test_cnn and test_dict_env."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from conftest import TINY
+from gymnasium import spaces
+from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize, VecTransposeImage
+
+from sb3_boom import BOOM
+
+SMALL_IMAGES = dict(TINY, buffer_size=200)
+
+
+class AnySpaceEnv(gym.Env):
+    """Observations sampled from a space; episodes of seven steps."""
+
+    def __init__(self, observation_space: spaces.Space, action_space: spaces.Box | None = None) -> None:
+        self.observation_space = observation_space
+        self.action_space = action_space or spaces.Box(-1, 1, (1,))
+        self.steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        self.steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.steps += 1
+        return self.observation_space.sample(), float(np.sum(action)), False, self.steps >= 7, {}
+
+
+class OneLayer(BaseFeaturesExtractor):
+    """A user's own extractor, with parameters."""
+
+    def __init__(self, observation_space: spaces.Box, features_dim: int = 5) -> None:
+        super().__init__(observation_space, features_dim)
+        self.layer = th.nn.Linear(int(np.prod(observation_space.shape)), features_dim)
+
+    def forward(self, observations):
+        return self.layer(observations.flatten(1))
+
+
+def learn_save_load_predict(model: BOOM, path) -> None:
+    """What every kind of space has to survive."""
+    model.learn(40)
+    assert model._n_updates > 0
+    observation = model.get_env().reset()
+    action, state = model.predict(observation, deterministic=True)
+    assert action.shape == (model.n_envs, *model.action_space.shape) and action.dtype == model.action_space.dtype
+    model.save(path / "model")
+    loaded = BOOM.load(path / "model", device="cpu")
+    again, _ = loaded.predict(observation, deterministic=True)
+    np.testing.assert_array_equal(again, action)
+    one = {key: value[0] for key, value in observation.items()} if isinstance(observation, dict) else observation[0]
+    assert loaded.predict(one)[0].shape == model.action_space.shape
+
+
+OBSERVATION_SPACES = {
+    "float32": spaces.Box(-2, 2, (3,), np.float32),
+    "float64 matrix": spaces.Box(-np.inf, np.inf, (2, 3), np.float64),
+    "uint8 vector": spaces.Box(0, 255, (4,), np.uint8),
+    "int64 vector": spaces.Box(-5, 5, (4,), np.int64),
+    "discrete": spaces.Discrete(5),
+    "multi-discrete": spaces.MultiDiscrete([3, 4]),
+    "multi-binary": spaces.MultiBinary(6),
+}
+
+
+@pytest.mark.parametrize("name", OBSERVATION_SPACES)
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_observations_of_every_space(name, n_envs, tmp_path):
+    env = make_vec_env(lambda: AnySpaceEnv(OBSERVATION_SPACES[name]), n_envs=n_envs)
+    learn_save_load_predict(BOOM("MlpPolicy", env, **TINY), tmp_path)
+
+
+ACTION_SPACES = {
+    "asymmetric": spaces.Box(-3.0, 0.5, (1,)),
+    "each its own bounds": spaces.Box(np.array([-1.0, 0.0, 5.0], np.float32), np.array([0.0, 3.0, 9.0], np.float32)),
+    "matrix": spaces.Box(-1.0, 2.0, (2, 2)),
+    "float64": spaces.Box(-1.0, 1.0, (2,), np.float64),
+}
+
+
+@pytest.mark.parametrize("name", ACTION_SPACES)
+def test_actions_of_every_space(name, tmp_path):
+    env = AnySpaceEnv(spaces.Box(-1, 1, (3,)), ACTION_SPACES[name])  # asserts that actions are in the space
+    check_env(env, warn=False)
+    learn_save_load_predict(BOOM("MlpPolicy", env, **TINY), tmp_path)
+
+
+@pytest.mark.parametrize("channel_first", [False, True])
+@pytest.mark.parametrize("size", [64, 84])
+def test_images(channel_first, size, tmp_path):
+    env = FakeImageEnv(screen_height=size, screen_width=size, n_channels=3, discrete=False, channel_first=channel_first)
+    model = BOOM("CnnPolicy", env, **SMALL_IMAGES)
+    assert isinstance(model.get_env(), VecTransposeImage) != channel_first
+    learn_save_load_predict(model, tmp_path)
+    stored = model.replay_buffer._storage["obs/"]
+    assert stored.dtype == th.uint8 and stored.shape[2:] == (3, size, size)
+
+
+def test_stacked_frames(tmp_path):
+    env = make_vec_env(lambda: FakeImageEnv(screen_height=64, screen_width=64, n_channels=1, discrete=False), n_envs=2)
+    model = BOOM("CnnPolicy", VecFrameStack(env, 3), **SMALL_IMAGES)
+    learn_save_load_predict(model, tmp_path)
+    assert model.observation_space.shape == (3, 64, 64)
+
+
+def test_dictionaries_of_images_and_vectors(tmp_path):
+    env = SimpleMultiObsEnv(num_col=4, num_row=4, random_start=False, discrete_actions=False, channel_last=False)
+    learn_save_load_predict(BOOM("MultiInputPolicy", env, **SMALL_IMAGES), tmp_path)
+
+
+def test_dictionaries_of_several_environments_normalised(tmp_path):
+    space = spaces.Dict({"a": spaces.Box(-1, 1, (2,)), "b": spaces.Discrete(3), "c": spaces.Box(5, 9, (2, 2))})
+    env = VecNormalize(make_vec_env(lambda: AnySpaceEnv(space), n_envs=2), norm_obs_keys=["a", "c"])
+    model = BOOM("MultiInputPolicy", env, **TINY)
+    learn_save_load_predict(model, tmp_path)
+    assert model.replay_buffer._storage["obs/c"].amin() >= 5.0 or not model.replay_buffer.full  # stored as the env gave it
+
+
+def test_features_extractor_of_ones_own_learns_with_the_encoder(tmp_path):
+    env = AnySpaceEnv(spaces.Box(-1, 1, (2, 3)))
+    policy_kwargs = dict(
+        TINY["policy_kwargs"], features_extractor_class=OneLayer, features_extractor_kwargs=dict(features_dim=7)
+    )
+    model = BOOM("MlpPolicy", env, **dict(TINY, policy_kwargs=policy_kwargs))
+    before = model.policy.features_extractor.layer.weight.detach().clone()
+    learn_save_load_predict(model, tmp_path)
+    assert not th.equal(model.policy.features_extractor.layer.weight, before)
+    assert model.policy.world_model.encoder[0].linear.in_features == 7
+    evaluate_policy(model, model.get_env(), n_eval_episodes=1)
+
+
+def test_policy_for_another_kind_of_observation_is_refused():
+    with pytest.raises(AssertionError):  # SB3's own
+        BOOM("CnnPolicy", AnySpaceEnv(spaces.Box(-1, 1, (3,))), **TINY)
+    with pytest.raises(ValueError, match="MultiInputPolicy"):
+        BOOM("MlpPolicy", AnySpaceEnv(spaces.Dict({"a": spaces.Box(-1, 1, (2,))})), **TINY)
