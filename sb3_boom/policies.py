@@ -8,12 +8,13 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.preprocessing import get_action_dim, is_image_space
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
 from sb3_boom import planner
 from sb3_boom.actor import Actor
+from sb3_boom.augmentation import random_shift
 from sb3_boom.compilation import choose_compiler
 from sb3_boom.critic import Critic
 from sb3_boom.planner import Plan, PlannerConfig
@@ -64,6 +65,7 @@ class BOOMPolicy(BasePolicy):
         NatureCNN for CnnPolicy, CombinedExtractor for MultiInputPolicy
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
     :param normalize_images: Whether to divide images by 255
+    :param image_shift: pixels by which images are shifted at random, either way, while learning (as TD-MPC2); 0 for none
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
     :param optimizer_kwargs: Additional keyword arguments of both optimizers, without the learning rate
     :param encoder_lr_scale: the encoder's learning rate as a part of the others'; set by BOOM, as all that follow
@@ -96,6 +98,7 @@ class BOOMPolicy(BasePolicy):
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
+        image_shift: int = 3,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
         encoder_lr_scale: float = 0.3,
@@ -132,6 +135,8 @@ class BOOMPolicy(BasePolicy):
             raise ValueError(f"simnorm_dim={simnorm_dim} must divide latent_dim={latent_dim}, or be None for no SimNorm")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), not {dropout}")
+        if not isinstance(image_shift, int) or image_shift < 0:
+            raise ValueError(f"image_shift must be a number of pixels of at least 0, not {image_shift!r}")
         self._constructor_kwargs = dict(
             model_size=model_size,
             enc_dim=enc_dim,
@@ -141,6 +146,7 @@ class BOOMPolicy(BasePolicy):
             n_enc_layers=n_enc_layers,
             simnorm_dim=simnorm_dim,
             dropout=dropout,
+            image_shift=image_shift,
             encoder_lr_scale=encoder_lr_scale,
             handle_terminations=handle_terminations,
             planner=planner,
@@ -151,6 +157,7 @@ class BOOMPolicy(BasePolicy):
         )
         self.latent_dim = latent_dim
         self.dropout = dropout
+        self.image_shift = image_shift
         self.compile_setting = compile
         self.encoder_lr_scale = encoder_lr_scale
         self.planner_config = make_planner_config(planner, planner_kwargs, self.action_dim, horizon, gamma)
@@ -213,6 +220,22 @@ class BOOMPolicy(BasePolicy):
         :return: features ``[n, F]``
         """
         return self.extract_features(obs, self.features_extractor)
+
+    def augment(self, obs: PyTorchObs) -> PyTorchObs:
+        """
+        Shift images at random by up to ``image_shift`` pixels; leave other observations as they are.
+
+        :param obs: observations ``[n, ...]``, not preprocessed
+        :return: the same shapes
+        """
+        if isinstance(obs, dict):
+            assert isinstance(self.observation_space, spaces.Dict)
+            return {key: self._augment(value, self.observation_space[key]) for key, value in obs.items()}
+        return self._augment(obs, self.observation_space)
+
+    def _augment(self, obs: th.Tensor, space: spaces.Space) -> th.Tensor:
+        is_image = is_image_space(space, normalized_image=not self.normalize_images)
+        return random_shift(obs, self.image_shift) if is_image and self.image_shift > 0 else obs
 
     def plan(self, obs: PyTorchObs, previous_mean: th.Tensor, deterministic: bool = False) -> Plan:
         """

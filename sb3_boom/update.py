@@ -67,7 +67,7 @@ def update(
 def encode_observations(policy: BOOMPolicy, observations: Any) -> tuple[th.Tensor, th.Tensor]:
     """
     :param policy: whose features extractor to use
-    :param observations: ``[H+1, B, ...]``, or a dict of such
+    :param observations: ``[H+1, B, ...]``, or a dict of such; images are shifted at random
     :return: features of the first ones ``[B, F]`` and of the others ``[H, B, F]``, these without gradient
     """
     if isinstance(observations, dict):
@@ -75,9 +75,9 @@ def encode_observations(policy: BOOMPolicy, observations: Any) -> tuple[th.Tenso
         following: Any = {key: value[1:].flatten(0, 1) for key, value in observations.items()}
     else:
         first, following = observations[0], observations[1:].flatten(0, 1)
-    features = policy.features(first)
+    features = policy.features(policy.augment(first))
     with th.no_grad():
-        next_features = policy.features(following)
+        next_features = policy.features(policy.augment(following))
     return features, next_features.unflatten(0, (-1, len(features)))
 
 

@@ -14,6 +14,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize, VecTransposeImage
 
 from sb3_boom import BOOM
+from sb3_boom.augmentation import random_shift
 
 SMALL_IMAGES = dict(TINY, buffer_size=200)
 
@@ -54,7 +55,7 @@ def learn_save_load_predict(model: BOOM, path) -> None:
     model.learn(40)
     assert model._n_updates > 0
     observation = model.get_env().reset()
-    action, state = model.predict(observation, deterministic=True)
+    action, _ = model.predict(observation, deterministic=True)
     assert action.shape == (model.n_envs, *model.action_space.shape) and action.dtype == model.action_space.dtype
     model.save(path / "model")
     loaded = BOOM.load(path / "model", device="cpu")
@@ -106,6 +107,39 @@ def test_images(channel_first, size, tmp_path):
     learn_save_load_predict(model, tmp_path)
     stored = model.replay_buffer._storage["obs/"]
     assert stored.dtype == th.uint8 and stored.shape[2:] == (3, size, size)
+
+
+def test_images_are_shifted_while_learning_only(monkeypatch):
+    shifted = []
+    monkeypatch.setattr("sb3_boom.policies.random_shift", lambda images, by: shifted.append((len(images), by)) or images)
+    env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=False, channel_first=True)
+    model = BOOM("CnnPolicy", env, **SMALL_IMAGES).learn(30)
+    n_updates = model._n_updates
+    assert shifted == [(16, 3), (3 * 16, 3)] * n_updates
+    model.predict(model.get_env().reset())
+    assert len(shifted) == 2 * n_updates
+    without = dict(SMALL_IMAGES, policy_kwargs=dict(TINY["policy_kwargs"], image_shift=0))
+    BOOM("CnnPolicy", env, **without).learn(30)
+    assert len(shifted) == 2 * n_updates
+
+
+def test_vectors_are_never_shifted():
+    policy = BOOM("MlpPolicy", AnySpaceEnv(spaces.Box(0, 255, (4,), np.uint8)), **TINY).policy
+    obs = th.randint(255, (5, 4), dtype=th.uint8)
+    assert policy.augment(obs) is obs
+
+
+def test_shifts_move_whole_images_and_repeat_their_border():
+    th.manual_seed(0)
+    images = th.arange(2 * 9 * 7).view(1, 2, 9, 7).repeat(200, 1, 1, 1)
+    seen = set()
+    for shifted in random_shift(images, 2):
+        row, column = divmod(int(shifted[0, 4, 3]), 7)
+        down, right = row - 4, column - 3
+        seen.add((down, right))
+        rows, columns = (th.arange(9) + down).clamp(0, 8), (th.arange(7) + right).clamp(0, 6)
+        assert th.equal(shifted, images[0][:, rows][:, :, columns])
+    assert seen == {(down, right) for down in range(-2, 3) for right in range(-2, 3)}
 
 
 def test_stacked_frames(tmp_path):
