@@ -25,6 +25,7 @@ from sb3_boom.checks import (
     check_settings,
     warn_if_never_aligned,
     warn_if_slow,
+    worker_deaths_named,
 )
 from sb3_boom.compilation import subnormals_flushed
 from sb3_boom.episode_length import episode_length
@@ -290,7 +291,7 @@ class BOOM(OffPolicyAlgorithm):
         callback = cast(BaseCallback, callback)
         callback.on_training_start(locals(), globals())
         assert self.env is not None and self.replay_buffer is not None
-        with subnormals_flushed():
+        with subnormals_flushed(), worker_deaths_named(self.env):
             # SB3's loop, but for the end of warm-up: SB3 counts it in timesteps, which a second learn() resets
             while self.num_timesteps < total_timesteps:
                 rollout = self.collect_rollouts(

@@ -1,15 +1,18 @@
 """What a user can get wrong, found early and told with what to change."""
 
+import contextlib
 import inspect
 import io
 import json
 import pathlib
 import warnings
 import zipfile
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_boom import losses
 from sb3_boom.buffers import WeightedReplayBuffer
@@ -164,3 +167,24 @@ def warn_if_slow(model: "BOOM") -> None:
             'policy_kwargs=dict(model_size="tiny") with fewer planner samples takes a fraction of it.',
             stacklevel=2,
         )
+
+
+@contextlib.contextmanager
+def worker_deaths_named(env: VecEnv) -> Iterator[None]:
+    """
+    Say which process is gone where SubprocVecEnv says only that a pipe is closed.
+
+    :param env: the environments stepped meanwhile
+    :raises RuntimeError: if a worker of theirs died
+    """
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        for index, process in enumerate(getattr(env.unwrapped, "processes", [])):
+            process.join(timeout=1.0)
+            if not process.is_alive():
+                raise RuntimeError(
+                    f"worker {index} of the SubprocVecEnv died (exit code {process.exitcode}): its environment crashed or the "
+                    "system killed it, perhaps for memory. The model and its replay buffer can still be saved"
+                ) from error
+        raise
