@@ -456,6 +456,7 @@ class BOOM(OffPolicyAlgorithm):
     def dump_logs(self) -> None:
         """Write log data: losses and times are means since the last call."""
         terms = self.meters.take_terms()
+        terms.update(losses.termination_scores(terms))
         for name, value in terms.items():
             self.logger.record(f"train/{name}", value)
         if terms:

@@ -214,8 +214,25 @@ def model_loss(
         termination = masked_mean(F.binary_cross_entropy_with_logits(logits, terminations, reduction="none"), valid, weights)
         loss = loss + config.termination_coef * termination
         terms["termination_loss"] = termination
+        # the planner's own threshold: more likely than not
+        foreseen, met = (logits > 0.0) & valid, (terminations > 0.5) & valid
+        for name, counted in (("foreseen", foreseen), ("met", met), ("both", foreseen & met)):
+            terms[f"terminations_{name}"] = counted.float().sum()
     terms["model_loss"] = loss
     return loss, latents.detach(), {name: term.detach() for name, term in terms.items()}
+
+
+def termination_scores(terms: dict[str, float]) -> dict[str, float]:
+    """
+    Turn the counts of terminations into what is logged.
+
+    :param terms: means of :func:`model_loss`'s terms; its counts are taken out
+    :return: ``termination_precision``, the part of the foreseen terminations that were met, and ``termination_recall``,
+        the part of the met ones that were foreseen; without those that nothing was counted for
+    """
+    foreseen, met, both = (terms.pop(f"terminations_{name}", 0.0) for name in ("foreseen", "met", "both"))
+    scores = {"termination_precision": (both, foreseen), "termination_recall": (both, met)}
+    return {name: part / whole for name, (part, whole) in scores.items() if whole > 0.0}
 
 
 def update_scale(scale: th.Tensor, values: th.Tensor, tau: float) -> th.Tensor:

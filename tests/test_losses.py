@@ -143,6 +143,30 @@ def test_every_transition_keeps_its_weight_whatever_is_masked():
     th.testing.assert_close(losses.masked_mean(per_step, valid, weights), expected)
 
 
+def test_terminations_foreseen_and_met_are_counted_where_valid():
+    world_model, actor, critic, target = make_networks()
+    batch, _ = make_batch(partly_valid())
+    batch["terminations"] = (th.rand_like(batch["rewards"]) < 0.5).float()
+    for bias in (-100.0, 100.0):  # none foreseen, then all
+        with th.no_grad():
+            world_model.termination[-1].bias.fill_(bias)
+        terms = losses.model_loss(world_model, actor, critic, target, CONFIG, noise=make_noise(), **batch)[2]
+        valid = batch["valid"].sum().item()
+        met = (batch["terminations"] * batch["valid"]).sum().item()
+        assert terms["terminations_met"] == met
+        assert terms["terminations_foreseen"] == (valid if bias > 0 else 0)
+        assert terms["terminations_both"] == (met if bias > 0 else 0)
+
+
+def test_precision_and_recall_are_logged_where_there_is_something_to_count():
+    terms = dict(model_loss=1.0, terminations_foreseen=4.0, terminations_met=2.0, terminations_both=1.0)
+    assert losses.termination_scores(terms) == dict(termination_precision=0.25, termination_recall=0.5)
+    assert terms == dict(model_loss=1.0)
+    assert losses.termination_scores(terms) == {}
+    terms = dict(terminations_foreseen=0.0, terminations_met=2.0, terminations_both=0.0)
+    assert losses.termination_scores(terms) == dict(termination_recall=0.0)
+
+
 def test_time_steps_are_weighted_by_powers_of_rho():
     th.testing.assert_close(losses.time_weights(3, 0.5, th.ones(())).ravel(), th.tensor([1.0, 0.5, 0.25]) / 3)
 
