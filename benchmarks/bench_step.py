@@ -1,7 +1,11 @@
 """
-Milliseconds of a plan, an update, a draw and a store, with the CPU preset.
+What a step costs: plan, update, buffer and loop, and how far plan and update are from their matrix products alone.
 
-    python benchmarks/bench_step.py --env Pendulum-v1 [--no-compile] [--json step.json]
+    python benchmarks/bench_step.py
+    python benchmarks/bench_step.py --sizes tiny 5M --n-envs 1 16 --json benchmarks/results/step.json
+
+The floor of a plan or an update is the time of its matrix products alone, the same shapes one after the other, as this
+package computes them. It is measured in turns with what it is compared to, and the ratio is the median of the pairs.
 """
 
 import argparse
@@ -9,73 +13,191 @@ import json
 import os
 import pathlib
 import platform
+import resource
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any, ClassVar
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 import yaml
+from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_boom import BOOM
 from sb3_boom.compilation import subnormals_flushed
 
 PRESET = pathlib.Path(__file__).parents[1] / "zoo_hyperparams" / "boom-cpu.yml"
+# size: observation and action dimensions. tiny comes with the CPU preset's planner and batch, the others with the paper's
+PROBLEMS = {"tiny": (3, 1), "1M": (24, 6), "5M": (223, 38)}
+LOOP_STEPS = 50
 
 
-def median_ms(function: Callable[[], object], n: int) -> float:
-    """:return: median duration of ``n`` calls, after one that may compile"""
+class RandomEnv(gym.Env):
+    """Costs next to nothing itself; episodes of 500 steps."""
+
+    def __init__(self, obs_dim: int, action_dim: int) -> None:
+        self.observation_space = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
+        self.action_space = spaces.Box(-1.0, 1.0, (action_dim,), np.float32)
+        self.observations = np.random.default_rng(0).standard_normal((64, obs_dim), dtype=np.float32)
+        self.steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.observations[0], {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.steps += 1
+        return self.observations[self.steps % 64], float(action[0]), False, self.steps == 500, {}
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Notes the shapes of every matrix product, to do them again alone."""
+
+    FIRST_FACTOR: ClassVar[dict[str, int]] = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # its place among the arguments
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[th.Size, th.Size]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name in self.FIRST_FACTOR:
+            first = self.FIRST_FACTOR[name]
+            self.shapes.append((args[first].shape, args[first + 1].shape))
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def gflop(self) -> float:
+        return sum(2.0 * left.numel() * right[-1] for left, right in self.shapes) / 1e9
+
+    def alone(self, device: th.device) -> Callable[[], object]:
+        """:return: function that does the products, one after the other, into memory that is there already"""
+        factors = {shape: th.randn(shape, device=device) for pair in self.shapes for shape in pair}
+        results = {(left, right): th.empty(*left[:-1], right[-1], device=device) for left, right in self.shapes}
+
+        def run() -> None:
+            for left, right in self.shapes:
+                th.matmul(factors[left], factors[right], out=results[left, right])
+
+        return run
+
+
+def wait(device: th.device) -> None:
+    if device.type == "cuda":
+        th.cuda.synchronize(device)
+
+
+def seconds(function: Callable[[], object], device: th.device) -> float:
+    start = time.perf_counter()
     function()
-    durations = []
-    for _ in range(n):
-        start = time.perf_counter()
-        function()
-        durations.append(time.perf_counter() - start)
-    return 1000.0 * float(np.median(durations))
+    wait(device)
+    return time.perf_counter() - start
+
+
+def median_us(function: Callable[[], object], n: int, device: th.device) -> float:
+    return 1e6 * float(np.median([seconds(function, device) for _ in range(n)]))
+
+
+def make_model(size: str, n_envs: int, compile: bool, device: str) -> BOOM:
+    preset = yaml.safe_load(PRESET.read_text())["default"]
+    settings = {key: preset[key] for key in ("batch_size", "planner_kwargs")} if size == "tiny" else {}
+    env = make_vec_env(lambda: RandomEnv(*PROBLEMS[size]), n_envs=n_envs)
+    return BOOM(
+        "MlpPolicy", env, policy_kwargs=dict(model_size=size), learning_starts=1000, pretrain_steps=0, buffer_size=50_000,
+        compile=compile, seed=0, device=device, **settings,
+    )  # fmt: skip
+
+
+def measure(size: str, n_envs: int, args: argparse.Namespace) -> dict[str, Any]:
+    model = make_model(size, n_envs, compile=False, device=args.device)
+    model.gradient_steps = 0
+    model.learn(1000)  # fills the buffer, at random
+    policy, buffer, device = model.policy, model.replay_buffer, model.device
+    assert buffer is not None and isinstance(model._last_obs, np.ndarray)
+    obs, _ = policy.obs_to_tensor(model._last_obs)
+    mean = policy.initial_mean(n_envs)
+
+    def plan() -> object:
+        return policy.plan(obs, mean)
+
+    def update() -> None:
+        model.train(1, model.batch_size)
+
+    # the products are those of the eager program, whose dispatcher sees them
+    floors = {}
+    for name, function in (("plan", plan), ("update", update)):
+        with MatrixProducts() as floors[name]:
+            function()
+    policy.compile_setting = not args.no_compile
+    row: dict[str, Any] = dict(size=size, n_envs=n_envs)
+    for name, function in (("plan", plan), ("update", update)):
+        row[f"{name}_first_s"] = seconds(function, device)
+        floor = floors[name].alone(device)
+        for _ in range(5):
+            function(), floor()
+        pairs = np.array([(seconds(function, device), seconds(floor, device)) for _ in range(args.calls)])
+        row[f"{name}_ms"], row[f"{name}_floor_ms"] = 1e3 * np.median(pairs, axis=0)
+        row[f"{name}_ratio"] = float(np.median(pairs[:, 0] / pairs[:, 1]))
+        row[f"{name}_gflop"] = floors[name].gflop
+
+    row["sample_us"] = median_us(lambda: buffer.sample(model.batch_size), args.calls, device)
+    last, action = model._last_obs, np.zeros((n_envs, policy.action_dim), np.float32)
+    reward, done = np.zeros(n_envs), np.zeros(n_envs, bool)
+    infos: list[dict[str, Any]] = [{} for _ in range(n_envs)]
+    row["add_us"] = median_us(lambda: buffer.add(last, last, action, reward, done, infos), args.calls, device)
+
+    model.gradient_steps, model.pretrain_steps = 1, 0
+    model.learn(n_envs, reset_num_timesteps=False)
+    model.meters.take_milliseconds()
+    spent = seconds(lambda: model.learn(LOOP_STEPS * n_envs, reset_num_timesteps=False), device)
+    inside = model.meters.milliseconds()
+    row["env_steps_per_s"] = LOOP_STEPS * n_envs / spent
+    row["loop_ms"] = 1e3 * spent / LOOP_STEPS - sum(inside.values())  # SB3's loop, buffer and environment
+    row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # of this process so far
+    if device.type == "cuda":
+        row["peak_gpu_mb"] = th.cuda.max_memory_allocated(device) / 2**20
+    return {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", default="Pendulum-v1")
-    parser.add_argument("--calls", type=int, default=300)
+    parser.add_argument("--sizes", nargs="+", choices=list(PROBLEMS), default=["tiny"])
+    parser.add_argument("--n-envs", nargs="+", type=int, default=[1])
+    parser.add_argument("--calls", type=int, default=100)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
     th.set_num_threads(args.threads)
     warnings.simplefilter("ignore", DeprecationWarning)
 
-    preset = yaml.safe_load(PRESET.read_text())["default"]
-    settings = {key: preset[key] for key in ("policy", "batch_size", "planner_kwargs", "policy_kwargs")}
-    model = BOOM(env=args.env, seed=0, gradient_steps=0, compile=not args.no_compile, **settings)
-    model.learn(model.learning_starts)  # fills the buffer, at random
-    policy, buffer = model.policy, model.replay_buffer
-    assert buffer is not None and isinstance(model._last_obs, np.ndarray)
-    obs, _ = policy.obs_to_tensor(model._last_obs)
-    mean = policy.initial_mean(1)
-    last = model._last_obs
-    action, reward, done = np.zeros((1, policy.action_dim)), np.zeros(1), np.zeros(1, dtype=bool)
-
-    start = time.perf_counter()
-    policy.plan(obs, mean)
-    model.train(1, model.batch_size)
-    result = {
-        "first_call_s": time.perf_counter() - start,
-        "plan_ms": median_ms(lambda: policy.plan(obs, mean), args.calls),
-        "update_ms": median_ms(lambda: model.train(1, model.batch_size), args.calls),
-        "sample_ms": median_ms(lambda: buffer.sample(model.batch_size), args.calls),
-        "add_ms": median_ms(lambda: buffer.add(last, last, action, reward, done, [{}]), args.calls),
-    }
-    result["step_ms"] = result["plan_ms"] + result["update_ms"]
-    result["load_average"] = os.getloadavg()[0]
-    machine = f"{platform.machine()}, {args.threads} threads of {os.cpu_count()} cores, torch {th.__version__}"
-    for name, value in result.items():
-        print(f"{name:14} {value:9.3f}")
-    print(machine + (", compiled" if not args.no_compile else ", eager"))
-    if result["load_average"] > 1.5 * args.threads:
+    machine = dict(
+        processor=platform.processor() or platform.machine(),
+        cores=os.cpu_count(),
+        threads=args.threads,
+        gpu=th.cuda.get_device_name() if th.cuda.is_available() else None,
+        torch=th.__version__,
+        compiled=not args.no_compile,
+        load_average=os.getloadavg()[0],
+    )
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    if machine["load_average"] > 0.5:
         print("the machine is loaded: these numbers are too high")
-    if args.json:
-        args.json.write_text(json.dumps(dict(result, machine=machine, compiled=not args.no_compile), indent=2) + "\n")
+    rows = []
+    for size in args.sizes:
+        for n_envs in args.n_envs:
+            rows.append(measure(size, n_envs, args))
+            for name, value in rows[-1].items():
+                print(f"{name:16} {value}")
+            print(flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(dict(machine=machine, rows=rows), indent=2) + "\n")
 
 
 if __name__ == "__main__":
