@@ -100,6 +100,7 @@ class WeightedReplayBuffer(ReplayBuffer):
         self._final_observations: dict[str, th.Tensor] = {}
         self._free_slots = np.empty(0, dtype=np.int32)
         self._last_next_obs: dict[str, np.ndarray] = {}
+        self._last_slots = np.empty(0, dtype=np.int32)
         self._episode_open = np.zeros(self.n_envs, dtype=bool)
 
     # ------------------------------------------------------------------ storing
@@ -154,14 +155,12 @@ class WeightedReplayBuffer(ReplayBuffer):
         self._write("rewards", pos, np.asarray(reward, dtype=np.float32).reshape(self.n_envs))
         self._write("terminations", pos, done & ~truncated)
         self._write("final_slot", pos, slots)
-        slot_index = th.from_numpy(slots.astype(np.int64))
         for key, rows in obs_rows.items():
             self._write(f"obs/{key}", pos, rows)
-            finals = self._final_observations[key]
-            finals[slot_index.to(finals.device)] = th.from_numpy(next_rows[key]).to(finals.device)
+            _assign(self._final_observations[key], slots, next_rows[key])
         if self.value_temperature is not None:
             self._storage["values"][pos] = self._mean_value()
-        self._last_next_obs, self._episode_open = next_rows, ~done
+        self._last_next_obs, self._last_slots, self._episode_open = next_rows, slots, ~done
 
         self.pos += 1
         if self.pos == self.buffer_size:
@@ -207,7 +206,7 @@ class WeightedReplayBuffer(ReplayBuffer):
         return self.device
 
     def _write(self, name: str, pos: int, rows: np.ndarray) -> None:
-        self._storage[name][pos].copy_(th.from_numpy(rows))
+        _assign(self._storage[name], pos, rows)
 
     def _link_to_previous(self, obs_rows: dict[str, np.ndarray]) -> None:
         """Join the last transition of every environment to the one about to be stored, or close its episode."""
@@ -217,15 +216,14 @@ class WeightedReplayBuffer(ReplayBuffer):
         for key, rows in obs_rows.items():
             equal = rows == self._last_next_obs[key]
             continues &= equal.reshape(self.n_envs, -1).all(axis=1)
-        last = self._storage["final_slot"][self.pos - 1]
-        last_slots = last.cpu().numpy().copy()
+        last_slots = self._last_slots.copy()
         last_slots[continues] = -1
         closed = (self._episode_open & ~continues).nonzero()[0]
         if len(closed):
             last_slots[closed] = self._take_slots(len(closed))
             for finals in self._final_observations.values():
                 finals[th.from_numpy(last_slots[closed].astype(np.int64))] = finals[th.from_numpy(closed)]
-        last.copy_(th.from_numpy(last_slots))
+        self._write("final_slot", self.pos - 1, last_slots)
 
     def _take_slots(self, n: int) -> np.ndarray:
         """Reserve ``n`` places for final observations, growing the store where episodes are short."""
@@ -396,3 +394,11 @@ class WeightedReplayBuffer(ReplayBuffer):
         self.__dict__.update(state)
         for name in ("_storage", "_final_observations"):
             setattr(self, name, {key: th.from_numpy(np.array(array)) for key, array in state[name].items()})
+
+
+def _assign(stored: th.Tensor, index: int | np.ndarray, rows: np.ndarray) -> None:
+    """``stored[index] = rows``, on a CPU through numpy, which takes a tenth of the time for a row."""
+    if stored.device.type == "cpu":
+        stored.numpy()[index] = rows
+    else:
+        stored[th.as_tensor(index, device=stored.device)] = th.from_numpy(rows).to(stored.device)
