@@ -335,19 +335,3 @@ def test_updates_leave_no_graph_behind():
     assert counts[-1] <= counts[1]
     for tensor in (*model.policy.critic_target.parameters(), model.policy.q_scale, *model.meters._terms.values()):
         assert tensor.grad_fn is None
-
-
-@pytest.mark.slow
-def test_compiled_and_eager_agree():
-    """Plans of one iteration, and whole updates, from equal inputs."""
-    models = [make_model(TargetEnv(), planner_kwargs=dict(TINY["planner_kwargs"], n_iterations=1)).learn(30) for _ in range(2)]
-    models[1].policy.compile_setting = True
-    obs = th.rand(2, 2)
-    plans = [model.policy.plan(obs, model.policy.initial_mean(2), deterministic=True) for model in models]
-    for eager, compiled in zip(*plans, strict=True):
-        th.testing.assert_close(compiled, eager, rtol=0, atol=1e-5)
-    for model in models:
-        th.manual_seed(0)
-        model.train(1, 16)
-    terms = [model.meters.take_terms() for model in models]
-    assert terms[1] == pytest.approx(terms[0], rel=1e-4, abs=1e-5)

@@ -1,0 +1,120 @@
+"""Compiled and eager programs give the same numbers, and nothing is compiled twice."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch as th
+from conftest import TINY
+from torch._dynamo.utils import counters
+
+from sb3_boom import BOOM, losses
+from sb3_boom.compilation import compiler_works
+from sb3_boom.update import encode_observations
+
+pytestmark = pytest.mark.skipif(not compiler_works("cpu"), reason="no C++ compiler")
+
+
+def make_model(compile: bool) -> BOOM:
+    return BOOM("MlpPolicy", "Pendulum-v1", **dict(TINY, compile=compile, learning_rate=lambda left: 3e-4 * left))
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[BOOM, BOOM]:
+    """Eager and compiled, with the same parameters and data."""
+    eager, compiled = make_model(False).learn(60), make_model(True)
+    compiled.set_parameters(copy.deepcopy(eager.get_parameters()))  # optimizers would share their state else
+    compiled.replay_buffer = eager.replay_buffer
+    compiled.set_logger(eager.logger)
+    return eager, compiled
+
+
+def n_graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def observations(n: int) -> np.ndarray:
+    return np.random.default_rng(0).uniform(-1, 1, (n, 3)).astype(np.float32)
+
+
+def test_compiled_plans_equal_eager_ones(models):
+    """To 1e-3 on 95 of 100: a plan picks elites, so a last digit may decide."""
+    actions = [model.predict(observations(100), deterministic=True)[0] for model in models]
+    close = np.abs(actions[0] - actions[1]).max(axis=1) < 1e-3
+    assert close.mean() >= 0.95
+
+
+def test_compiled_planning_iterations_equal_eager_ones(models):
+    plans = []
+    for model in models:
+        policy = model.policy
+        config = policy.planner_config
+        policy.planner_config = dataclasses.replace(config, n_iterations=1)
+        obs, _ = policy.obs_to_tensor(observations(100))
+        plans.append(policy.plan(obs, policy.initial_mean(100), deterministic=True))
+        policy.planner_config = config
+    for ours, theirs in zip(*plans, strict=True):
+        th.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_compiled_gradients_equal_eager_ones(models):
+    gradients = []
+    for model in models:
+        policy, config = model.policy, model._loss_config()
+        th.manual_seed(0)
+        batch = model.replay_buffer.sample(16)
+        sizes = (policy.action_dim, policy.critic.n_critics, policy.critic.mlp_dim)
+        noise = losses.draw_noise(model.horizon, 16, *sizes, policy.dropout, model.device)
+        features, next_features = encode_observations(policy, batch.observations)
+        policy.zero_grad()
+        loss, latents, _ = policy.compiler(losses.model_loss)(
+            policy.world_model, policy.actor, policy.critic, policy.critic_target, config, features, next_features,
+            batch.actions, batch.rewards, batch.terminations, batch.valid, noise,
+        )  # fmt: skip
+        loss.backward()
+        loss, *_ = policy.compiler(losses.policy_loss)(
+            policy.actor, policy.critic, config, latents, batch.planner_actions, batch.planner_stds, batch.valid,
+            policy.q_scale, noise,
+        )  # fmt: skip
+        loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None})
+        policy.zero_grad()
+    for name, eager in gradients[0].items():
+        assert (gradients[1][name] - eager).norm() <= 1e-5 * eager.norm(), name
+
+
+def test_compiled_updates_equal_eager_ones(models):
+    results = []
+    for model in models:
+        model.meters.take_terms()
+        model._current_progress_remaining = 1.0  # the same learning rate
+        th.manual_seed(0)
+        model.train(1, 16)
+        terms = model.meters.take_terms()
+        results.append((terms, {name: p.detach().clone() for name, p in model.policy.named_parameters()}))
+    (eager_terms, eager_parameters), (terms, parameters) = results
+    assert terms == pytest.approx(eager_terms, rel=1e-4, abs=1e-5)
+    # Adam's steps have the learning rate's size however small the gradient is: where that is zero a last digit decides
+    moved = th.cat([(parameters[name] - eager_parameters[name]).abs().flatten() for name in parameters])
+    assert (moved > 1e-5).float().mean() < 1e-3
+
+
+def test_nothing_is_compiled_again(models):
+    """Whatever the learning rate, training or evaluation, and whoever plans; another number of environments is one more."""
+    _, model = models
+    model.predict(observations(1))
+    model.train(1, 16)
+    before = n_graphs()
+    model.learn(40, reset_num_timesteps=False)
+    model.predict(observations(1), deterministic=True)
+    model.predict(observations(1)[0])
+    model.prior.predict(observations(1))
+    model.policy.set_training_mode(False)
+    model.train(2, 16)
+    assert n_graphs() == before
+    model.predict(observations(3))
+    first = n_graphs()
+    assert first > before
+    model.predict(observations(3), deterministic=True)
+    assert n_graphs() == first
