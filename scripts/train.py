@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--hyperparams", type=pathlib.Path, default=ROOT / "zoo_hyperparams" / "boom-cpu.yml")
     parser.add_argument("--eval-freq", type=int, default=0, help="agent steps between evaluations; default: only at the end")
     parser.add_argument("--eval-episodes", type=int, default=10)
-    parser.add_argument("--eval-envs", type=int, default=1, help="environments evaluated side by side")
+    parser.add_argument("--eval-envs", type=int, help="environments evaluated side by side; default: as many as train")
     parser.add_argument("--folder", type=pathlib.Path, help="default: logs/<env>-seed<seed>")
     parser.add_argument("--csv", type=pathlib.Path, help="file of the evaluations; default: evaluations.csv in the folder")
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
@@ -129,7 +129,8 @@ def main() -> None:
     folder = args.folder or ROOT / "logs" / f"{args.env.replace('/', '-')}-seed{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     env = make_env(args.env, hyperparams, args.seed, hyperparams.get("n_envs", 1), monitor_dir=str(folder))
-    eval_env = make_env(args.env, hyperparams, args.seed + 1000, n_envs=args.eval_envs)
+    # another number of environments would be another plan to compile
+    eval_env = make_env(args.env, hyperparams, args.seed + 1000, n_envs=args.eval_envs or env.num_envs)
 
     settings = {key: value for key, value in hyperparams.items() if key not in ("n_envs", "n_timesteps", "env_wrapper")}
     if args.no_compile:
