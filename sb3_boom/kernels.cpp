@@ -9,6 +9,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <array>
 #include <tuple>
 #include <vector>
 
@@ -61,8 +62,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   TORCH_CHECK(!mask.has_value() || mask->is_contiguous());
   Tensor y = at::empty({members, rows, features}, h.options());
   Tensor inv_std = at::empty({keep ? members : 0, rows}, h.options());
-  Tensor normalised = keep ? at::empty_like(h) : inv_std;
-  Tensor slope = keep ? at::empty_like(h) : inv_std;
+  Tensor normalised = keep ? at::empty_like(h) : at::empty({0, rows}, h.options());
+  Tensor slope = keep ? at::empty_like(h) : at::empty({0, rows}, h.options());
   TORCH_CHECK(!keep || normalised.strides() == h.strides(), "h must be dense");
   const float *h_ = h.const_data_ptr<float>(), *bias_ = bias.const_data_ptr<float>();
   const float *weight_ = weight.const_data_ptr<float>(), *shift_ = shift.const_data_ptr<float>();
@@ -121,11 +122,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const int64_t chunks = (rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK;
   Tensor grad_h = at::empty_like(normalised);
   Tensor partial = at::empty({parameters ? 3 : 0, members, chunks, features}, grad.options());
-  Tensor sums = at::empty({parameters ? 3 : 0, members, features}, grad.options());
+  const auto new_sums = [&] { return at::empty({parameters ? members : 0, features}, grad.options()); };
+  const std::array<Tensor, 3> sums = {new_sums(), new_sums(), new_sums()};
   const float *grad_ = grad.const_data_ptr<float>(), *normalised_ = normalised.const_data_ptr<float>();
   const float *slope_ = slope.const_data_ptr<float>(), *inv_std_ = inv_std.const_data_ptr<float>();
   const float *weight_ = weight.const_data_ptr<float>(), *mask_ = data_or_null(mask);
-  float *grad_h_ = grad_h.data_ptr<float>(), *partial_ = partial.data_ptr<float>(), *sums_ = sums.data_ptr<float>();
+  float *grad_h_ = grad_h.data_ptr<float>(), *partial_ = partial.data_ptr<float>();
   const int64_t grad_member_stride = grad.stride(0), grad_row_stride = grad.stride(1);
   const int64_t member_stride = normalised.stride(0), row_stride = normalised.stride(1);
   const int64_t kind = members * chunks * features;  // between the three partial sums
@@ -166,21 +168,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       }
     }
   });
-  if (parameters) {
-    for (int64_t k = 0; k < 3; ++k)
-      for (int64_t e = 0; e < members; ++e) {
-        float* out = sums_ + (k * members + e) * features;
-        std::fill(out, out + features, 0.0f);
-        for (int64_t c = 0; c < chunks; ++c) {
-          const float* part = partial_ + k * kind + (e * chunks + c) * features;
-          for_each_vec(features, [&](int64_t j, int64_t count) {
-            store(load(out + j, count) + load(part + j, count), out + j, count);
-          });
-        }
+  for (int64_t k = 0; k < (parameters ? 3 : 0); ++k) {
+    for (int64_t e = 0; e < members; ++e) {
+      float* out = sums[k].data_ptr<float>() + e * features;
+      std::fill(out, out + features, 0.0f);
+      for (int64_t c = 0; c < chunks; ++c) {
+        const float* part = partial_ + k * kind + (e * chunks + c) * features;
+        for_each_vec(features, [&](int64_t j, int64_t count) {
+          store(load(out + j, count) + load(part + j, count), out + j, count);
+        });
       }
-    return {grad_h, sums[0], sums[1], sums[2]};
+    }
   }
-  return {grad_h, sums, sums, sums};
+  return {grad_h, sums[0], sums[1], sums[2]};
 }
 
 }  // namespace

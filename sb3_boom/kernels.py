@@ -75,5 +75,5 @@ def _norm_mish_shapes(h, bias, weight, shift, mask, keep):
 
 
 def _norm_mish_backward_shapes(grad, normalised, slope, inv_std, weight, mask, parameters):
-    sums = [grad.new_empty(weight.shape if parameters else (0, *weight.shape)) for _ in range(3)]
+    sums = [grad.new_empty(weight.shape if parameters else (0, weight.shape[1])) for _ in range(3)]
     return th.empty_like(normalised), *sums

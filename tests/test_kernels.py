@@ -57,6 +57,19 @@ def test_norm_mish_reads_members_side_by_side(shape):
         assert th.equal(a, b)
 
 
+def test_kernels_keep_the_rules_of_custom_operators():
+    """Shapes known without running, no output that aliases another; torch's own check."""
+    h, *others = (tensor.detach() for tensor in make_inputs(2, 40, 16))
+    mask = th.ones(2, 40, 16)
+    tests = ("test_schema", "test_faketensor")
+    for keep in (True, False):
+        th.library.opcheck(th.ops.sb3_boom.norm_mish.default, (h, *others, mask, keep), test_utils=tests)
+    saved = th.ops.sb3_boom.norm_mish(h, *others, mask, True)[1:]
+    for parameters in (True, False):
+        arguments = (th.randn(2, 40, 16), *saved, others[1], mask, parameters)
+        th.library.opcheck(th.ops.sb3_boom.norm_mish_backward.default, arguments, test_utils=tests)
+
+
 def test_norm_mish_gives_constants_no_gradient():
     h, *others = make_inputs(2, 40, 16)
     y = kernels.norm_mish(h, *(tensor.detach() for tensor in others), None)
