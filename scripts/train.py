@@ -5,6 +5,7 @@ Writes a zip, the Monitor's CSV, a CSV row per evaluation and the learning curve
 
     python scripts/train.py --env Pendulum-v1 --seed 0
     python scripts/train.py --env dm_control/cartpole-swingup-v0 --steps 50000 --eval-freq 10000 --eval-envs 10
+    python scripts/train.py --env Hopper-v5 -params handle_terminations:False n_envs:4
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch as th
 import yaml
-from rl_zoo3.utils import get_wrapper_class
+from rl_zoo3.utils import StoreDict, get_wrapper_class
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import VecEnv
@@ -37,6 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="agent steps; default: the file's n_timesteps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hyperparams", type=pathlib.Path, default=ROOT / "zoo_hyperparams" / "boom-cpu.yml")
+    parser.add_argument("-params", nargs="+", action=StoreDict, default={}, help="key:value, over the file's, as in rl_zoo3")
     parser.add_argument("--eval-freq", type=int, default=0, help="agent steps between evaluations; default: only at the end")
     parser.add_argument("--eval-episodes", type=int, default=10)
     parser.add_argument("--eval-envs", type=int, help="environments evaluated side by side; default: as many as train")
@@ -124,7 +126,7 @@ def main() -> None:
     if args.threads:
         th.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    hyperparams = read_hyperparams(args.hyperparams, args.env)
+    hyperparams = read_hyperparams(args.hyperparams, args.env) | args.params
     steps = args.steps or int(hyperparams["n_timesteps"])
     folder = args.folder or ROOT / "logs" / f"{args.env.replace('/', '-')}-seed{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,13 +138,14 @@ def main() -> None:
     if args.no_compile:
         settings["compile"] = False
     model = BOOM(env=env, seed=args.seed, verbose=1, **settings)
+    variant = " ".join(f"{key}:{value}" for key, value in args.params.items()) or "release"
     versions = f"python {platform.python_version()} torch {th.__version__}"
     evaluations = CsvEvalCallback(
         eval_env,
         args.eval_episodes,
         args.eval_freq // env.num_envs,
         path=args.csv or folder / "evaluations.csv",
-        fixed=dict(task=args.env, variant=model.alignment, seed=args.seed, revision=revision(), versions=versions),
+        fixed=dict(task=args.env, variant=variant, seed=args.seed, revision=revision(), versions=versions),
         action_repeat=env_steps_per_agent_step(env),
     )
     model.learn(steps, callback=evaluations, progress_bar=not args.no_progress)
