@@ -28,7 +28,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_boom import BOOM
-from sb3_boom.compilation import subnormals_flushed
+from sb3_boom.compilation import keep_freed_memory, subnormals_flushed
 
 PRESET = pathlib.Path(__file__).parents[1] / "zoo_hyperparams" / "boom-cpu.yml"
 # size: observation and action dimensions. tiny comes with the CPU preset's planner and batch, the others with the paper's
@@ -201,5 +201,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with subnormals_flushed():  # as while learning
+    keep_freed_memory()  # as while learning, and
+    with subnormals_flushed():
         main()

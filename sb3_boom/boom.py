@@ -27,7 +27,7 @@ from sb3_boom.checks import (
     warn_if_slow,
     worker_deaths_named,
 )
-from sb3_boom.compilation import subnormals_flushed
+from sb3_boom.compilation import keep_freed_memory, subnormals_flushed
 from sb3_boom.episode_length import episode_length
 from sb3_boom.losses import LossConfig
 from sb3_boom.meters import Meters
@@ -291,6 +291,7 @@ class BOOM(OffPolicyAlgorithm):
         callback = cast(BaseCallback, callback)
         callback.on_training_start(locals(), globals())
         assert self.env is not None and self.replay_buffer is not None
+        keep_freed_memory()
         with subnormals_flushed(), worker_deaths_named(self.env):
             # SB3's loop, but for the end of warm-up: SB3 counts it in timesteps, which a second learn() resets
             while self.num_timesteps < total_timesteps:

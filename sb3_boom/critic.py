@@ -3,7 +3,7 @@
 import torch as th
 from torch import nn
 
-from sb3_boom.torch_layers import EnsembleLinear, EnsembleNormedLinear
+from sb3_boom.torch_layers import EnsembleMLP
 from sb3_boom.two_hot import TwoHot
 
 
@@ -22,10 +22,8 @@ class Critic(nn.Module):
         self.n_critics = n_critics
         self.mlp_dim = mlp_dim
         self.two_hot = TwoHot()
-        self.first = EnsembleNormedLinear(n_critics, latent_dim + action_dim, mlp_dim)
-        self.second = EnsembleNormedLinear(n_critics, mlp_dim, mlp_dim)
-        self.head = EnsembleLinear(n_critics, mlp_dim, self.two_hot.n_bins)
-        nn.init.zeros_(self.head.weight)  # every value starts at 0
+        self.net = EnsembleMLP(n_critics, latent_dim + action_dim, mlp_dim, self.two_hot.n_bins)
+        nn.init.zeros_(self.net.head.weight)  # every value starts at 0
 
     def forward(
         self, z: th.Tensor, action: th.Tensor, members: th.Tensor | None = None, dropout_mask: th.Tensor | None = None
@@ -34,13 +32,12 @@ class Critic(nn.Module):
         :param z: latents ``[..., L]``
         :param action: ``[..., A]``
         :param members: ``[m]`` int64, the critics to compute, as constants. Default: all, with gradients.
-        :param dropout_mask: ``[n_critics or m, M, mlp_dim]`` with ``M`` the product of the leading dimensions
+        :param dropout_mask: bool, the units to keep, ``[n_critics or m, M, mlp_dim]``, ``M`` being the product of the
+            leading dimensions
         :return: logits ``[n_critics or m, ..., n_bins]``
         """
         x = th.cat([z, action], dim=-1)
-        h = self.first(x.flatten(0, -2), members, dropout_mask)
-        logits, bias = self.head(self.second(h, members), members)
-        return (logits + bias.unsqueeze(1)).unflatten(1, x.shape[:-1])
+        return self.net(x.flatten(0, -2), members, dropout_mask).unflatten(1, x.shape[:-1])
 
     def values(self, z: th.Tensor, action: th.Tensor, members: th.Tensor, dropout_mask: th.Tensor | None = None) -> th.Tensor:
         """

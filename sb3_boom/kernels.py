@@ -1,8 +1,10 @@
-"""The compiled C++ kernels for a CPU (torch only); without them torch.compile makes its own, which are slower."""
+"""The compiled C++ kernel for a CPU (torch only); without it torch.compile makes its own, which are slower."""
 
 import functools
 import pathlib
 import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch as th
 
@@ -10,70 +12,118 @@ SOURCE = pathlib.Path(__file__).with_name("kernels.cpp")
 loaded = False  # read while compiling: whether torch.ops.sb3_boom exists
 
 
+class Layers(NamedTuple):
+    """
+    Parameters of a multi-layer perceptron of ``D`` layers, or of an ensemble of ``n`` of them.
+
+    :param weights: ``D`` of ``[out, in]`` or ``[n, out, in]``
+    :param biases: ``D`` of ``[out]`` or ``[n, out]``
+    :param norm_weights: of the LayerNorms, as biases: ``D``, or ``D - 1`` where the last layer is plain
+    :param norm_shifts: the LayerNorms' biases, as many
+    """
+
+    weights: Sequence[th.Tensor]
+    biases: Sequence[th.Tensor]
+    norm_weights: Sequence[th.Tensor]
+    norm_shifts: Sequence[th.Tensor]
+
+
 @functools.cache
 def load() -> None:
-    """Compile and load the kernels, once per process; the library is cached on disk where torch.compile keeps its own."""
+    """Compile and load the kernel, once per process; the library is cached on disk where torch.compile keeps its own."""
     global loaded
     try:
         from torch._inductor.codecache import CppCodeCache
 
         CppCodeCache.load(SOURCE.read_text())
-        th.library.register_fake("sb3_boom::norm_mish", _norm_mish_shapes)
-        th.library.register_fake("sb3_boom::norm_mish_backward", _norm_mish_backward_shapes)
+        th.library.register_fake("sb3_boom::mlp", _mlp_shapes)
+        th.library.register_fake("sb3_boom::mlp_backward", _mlp_backward_shapes)
         loaded = True
     except Exception as error:  # another torch version's compiler, an unknown processor
         reason = str(error).strip().splitlines()[0]
-        warnings.warn(f"BOOM's own CPU kernels can't be built, so updates are slower ({reason})", stacklevel=2)
+        warnings.warn(f"BOOM's own CPU kernel can't be built, so updates are slower ({reason})", stacklevel=2)
 
 
 def usable(x: th.Tensor) -> bool:
     """
-    :param x: what a kernel is to work on
+    :param x: what the kernel is to work on
     :return: whether it can, as a part of a compiled graph
     """
     return loaded and th.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == th.float32
 
 
-class _NormMish(th.autograd.Function):
+class _MLP(th.autograd.Function):
     """The kernel and its gradient."""
 
     @staticmethod
-    def forward(ctx, h, bias, weight, shift, dropout_mask):
-        y, *saved = th.ops.sb3_boom.norm_mish(h, bias, weight, shift, dropout_mask, True)
-        ctx.save_for_backward(*saved, weight, dropout_mask)
+    def forward(ctx, x, mask, members, group, n_layers, n_norms, *parameters):
+        layers = _split(parameters, n_layers, n_norms)
+        y, saved = th.ops.sb3_boom.mlp(x, *layers, mask, members, group, True)
+        ctx.save_for_backward(x, y, saved, mask, members, *parameters)
+        ctx.sizes = group, n_layers, n_norms
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        with_parameters = ctx.needs_input_grad[1]
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        grads = th.ops.sb3_boom.norm_mish_backward(grad, *ctx.saved_tensors, with_parameters)
-        return *(grads if with_parameters else (grads[0], None, None, None)), None
+        x, y, saved, mask, members, *parameters = ctx.saved_tensors
+        group, n_layers, n_norms = ctx.sizes
+        layers = _split(parameters, n_layers, n_norms)
+        of_input, of_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[6]
+        grad_x, *grads = th.ops.sb3_boom.mlp_backward(
+            grad.contiguous(), x, y, saved, *layers[:3], mask, members, group, of_input, of_parameters
+        )
+        if not of_parameters:
+            grads = [None] * len(parameters)
+        return grad_x if of_input else None, None, None, None, None, None, *grads
 
 
-def norm_mish(h: th.Tensor, bias: th.Tensor, weight: th.Tensor, shift: th.Tensor, dropout_mask: th.Tensor | None) -> th.Tensor:
+def mlp(
+    x: th.Tensor,
+    layers: Layers,
+    group_size: int = 0,
+    members: th.Tensor | None = None,
+    dropout_mask: th.Tensor | None = None,
+) -> th.Tensor:
     """
-    What :func:`sb3_boom.torch_layers.norm_mish` does, in one pass over memory, and one more for the gradient.
+    What the layers of :mod:`sb3_boom.torch_layers` do one after the other.
 
-    :param h: ``[n, M, F]``, rows contiguous
-    :param bias: ``[n, F]``
-    :param weight: ``[n, F]``
-    :param shift: ``[n, F]``
-    :param dropout_mask: ``[n, M, F]`` or None
-    :return: ``[n, M, F]``
+    :param x: ``[M, K]``, shared by all members, or ``[m, M, K]``
+    :param layers: the parameters; a layer with a LayerNorm has Mish behind it, unless it is the last
+    :param group_size: of the softmax behind the last layer's LayerNorm; default 0: none
+    :param members: ``[m]`` int64, the members to compute, **as constants**. Default: all, with gradients
+    :param dropout_mask: bool, the first layer's units to keep, ``[m, M, out]``. Default None: no dropout
+    :return: ``[m, M, out]``, ``m`` being 1 for a single network
     """
-    if th.is_grad_enabled():
-        return _NormMish.apply(h, bias, weight, shift, dropout_mask)
-    return th.ops.sb3_boom.norm_mish(h, bias, weight, shift, dropout_mask, False)[0]
+    x = x.contiguous()
+    if members is not None:
+        layers = Layers(*([tensor.detach() for tensor in tensors] for tensors in layers))
+    if not th.is_grad_enabled():
+        return th.ops.sb3_boom.mlp(x, *layers, dropout_mask, members, group_size, False)[0]
+    parameters = [tensor for tensors in layers for tensor in tensors]
+    sizes = len(layers.weights), len(layers.norm_weights)
+    return _MLP.apply(x, dropout_mask, members, group_size, *sizes, *parameters)
 
 
-def _norm_mish_shapes(h, bias, weight, shift, mask, keep):
-    y = h.new_empty(h.shape)
-    if not keep:
-        return y, h.new_empty(0, h.shape[1]), h.new_empty(0, h.shape[1]), h.new_empty(0, h.shape[1])
-    return y, th.empty_like(h), th.empty_like(h), h.new_empty(h.shape[:2])
+def _split(parameters: Sequence[th.Tensor], n_layers: int, n_norms: int) -> Layers:
+    ends = [n_layers, 2 * n_layers, 2 * n_layers + n_norms]
+    return Layers(*(list(parameters[i:j]) for i, j in zip([0, *ends], [*ends, None], strict=True)))
 
 
-def _norm_mish_backward_shapes(grad, normalised, slope, inv_std, weight, mask, parameters):
-    sums = [grad.new_empty(weight.shape if parameters else (0, weight.shape[1])) for _ in range(3)]
-    return th.empty_like(normalised), *sums
+def _mlp_shapes(x, weights, biases, norm_weights, norm_shifts, mask, members, group, keep):
+    if members is not None:
+        n = members.shape[0]
+    else:
+        n = weights[0].shape[0] if weights[0].ndim == 3 else 1
+    rows = x.shape[-2]
+    saved = 0
+    for i, weight in enumerate(weights):
+        out, is_last, is_normed = weight.shape[-2], i + 1 == len(weights), i < len(norm_weights)
+        saved += n * rows * (out * ((not is_last) + is_normed + (is_normed and not is_last)) + is_normed)
+    return x.new_empty(n, rows, weights[-1].shape[-2]), x.new_empty(saved if keep else 0)
+
+
+def _mlp_backward_shapes(grad, x, y, saved, weights, biases, norm_weights, mask, members, group, of_input, parameters):
+    grads = [x.new_empty(x.shape if of_input else (0,))]
+    if parameters:
+        grads += [th.empty_like(tensor) for tensor in (*weights, *biases, *norm_weights, *norm_weights)]
+    return grads

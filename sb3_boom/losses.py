@@ -63,8 +63,8 @@ class UpdateNoise(NamedTuple):
     :param target_action: standard normal ``[H, B, A]``, the policy's in the TD target
     :param policy_action: standard normal ``[H, B, A]``, the policy's in its own loss
     :param critic_pairs: ``[2, 2]`` int64: the TD target's critics, the policy loss's critics
-    :param value_dropout: 1 for the critics' kept units in the value loss, else 0, ``[n_critics, H*B, mlp_dim]``, or None
-    :param policy_dropout: 1 for the critics' kept units in the policy loss, else 0, ``[2, H*B, mlp_dim]``, or None
+    :param value_dropout: bool, the critics' units to keep in the value loss, ``[n_critics, H*B, mlp_dim]``, or None
+    :param policy_dropout: bool, the critics' units to keep in the policy loss, ``[2, H*B, mlp_dim]``, or None
     """
 
     target_action: th.Tensor
@@ -96,8 +96,7 @@ def draw_noise(
         shape = (n_critics + 2, horizon * batch_size, mlp_dim)
         bits = th.empty(-(-th.Size(shape).numel() // 4), dtype=th.int64, device=device).random_(-(2**63), None)
         kept = bits.view(th.int16)[: th.Size(shape).numel()].view(shape) >= round(dropout * 2**16) - 2**15
-        # floats: a compiled CPU kernel handles bools element by element
-        value_dropout, policy_dropout = kept.float().split([n_critics, 2])
+        value_dropout, policy_dropout = kept.split([n_critics, 2])
     return UpdateNoise(normal[0], normal[1], draw_pairs(2, n_critics, device), value_dropout, policy_dropout)
 
 

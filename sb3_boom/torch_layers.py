@@ -38,29 +38,6 @@ class Mish(nn.Module):
         return mish(x)
 
 
-def norm_mish(
-    h: th.Tensor, bias: th.Tensor, weight: th.Tensor, shift: th.Tensor, dropout_mask: th.Tensor | None = None
-) -> th.Tensor:
-    """
-    Bias, dropout, LayerNorm and Mish: all that follows a layer's matrix product, for ``n`` ensemble members.
-
-    :param h: the matrix product, ``[n, M, F]``
-    :param bias: of the linear layer, ``[n, F]``
-    :param weight: of the LayerNorm, ``[n, F]``
-    :param shift: the LayerNorm's bias, ``[n, F]``
-    :param dropout_mask: 1 for units to keep, else 0, ``[n, M, F]``. Drawn by the caller, since random numbers inside a
-        compiled CPU kernel are drawn one by one. Default None: no dropout
-    :return: ``[n, M, F]``
-    """
-    if kernels.usable(h):
-        return kernels.norm_mish(h, bias, weight, shift, dropout_mask)
-    x = h + bias.unsqueeze(1)
-    if dropout_mask is not None:
-        # the factor 1 / (1 - p) on what is kept would vanish in the LayerNorm
-        x = x * dropout_mask
-    return mish(F.layer_norm(x, x.shape[-1:]) * weight.unsqueeze(1) + shift.unsqueeze(1))
-
-
 class SimNorm(nn.Module):
     """
     Simplicial normalisation: a softmax over every group of ``group_size`` neighbouring features.
@@ -101,11 +78,36 @@ class NormedLinear(nn.Module):
         :param x: ``[..., in_features]``
         :return: ``[..., out_features]``
         """
-        if not (isinstance(self.activation, Mish) and kernels.usable(x)):
-            return self.activation(self.norm(self.linear(x)))
-        h = F.linear(x, self.linear.weight).flatten(0, -2).unsqueeze(0)
-        bias, weight, shift = (p.unsqueeze(0) for p in (self.linear.bias, self.norm.weight, self.norm.bias))
-        return norm_mish(h, bias, weight, shift).view(*x.shape[:-1], -1)
+        return self.activation(self.norm(self.linear(x)))
+
+
+class MLP(nn.Sequential):
+    """
+    A multi-layer perceptron of LayerNorm + Mish layers; see :func:`mlp`.
+
+    :param layers: :class:`NormedLinear`, the last one possibly ``nn.Linear``
+    """
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: ``[..., in_features]``
+        :return: ``[..., out_features]``
+        """
+        if not kernels.usable(x):
+            return super().forward(x)
+        normed = [layer for layer in self if isinstance(layer, NormedLinear)]
+        linear = [layer.linear for layer in normed]
+        if isinstance(self[-1], nn.Linear):
+            linear.append(self[-1])
+        layers = kernels.Layers(
+            [layer.weight for layer in linear],
+            [layer.bias for layer in linear],
+            [layer.norm.weight for layer in normed],
+            [layer.norm.bias for layer in normed],
+        )
+        last = self[-1].activation if isinstance(self[-1], NormedLinear) else None
+        group_size = last.group_size if isinstance(last, SimNorm) else 0
+        return kernels.mlp(x.flatten(0, -2), layers, group_size).view(*x.shape[:-1], -1)
 
 
 class EnsembleLinear(nn.Module):
@@ -123,14 +125,12 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(th.zeros(n_members, out_features))
         nn.init.normal_(self.weight, std=INIT_STD)
 
-    def forward(self, x: th.Tensor, members: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
+    def forward(self, x: th.Tensor, members: th.Tensor | None = None) -> th.Tensor:
         """
-        The matrix product, and the bias that is yet to be added: where that is done it costs no pass over memory.
-
-        :param x: ``[M, in_features]``, shared by all members, or ``[n, M, in_features]``
+        :param x: ``[M, in_features]``, shared by all members, or ``[n or m, M, in_features]``
         :param members: ``[m]`` int64, the members to compute, **as constants**: their weights get no gradient.
             Default: all, with gradients.
-        :return: ``[n or m, M, out_features]`` and ``[n or m, out_features]``
+        :return: ``[n or m, M, out_features]``
         """
         weight: th.Tensor = self.weight
         bias: th.Tensor = self.bias
@@ -138,8 +138,8 @@ class EnsembleLinear(nn.Module):
             weight, bias = weight.detach()[members], bias.detach()[members]
         if x.ndim == 2:
             # one large matrix product for all members, instead of one small one each
-            return F.linear(x, weight.flatten(0, 1)).unflatten(1, weight.shape[:2]).transpose(0, 1), bias
-        return th.bmm(x, weight.transpose(1, 2)), bias
+            return F.linear(x, weight.flatten(0, 1), bias.flatten()).unflatten(1, bias.shape).transpose(0, 1)
+        return th.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
 
 
 class EnsembleNormedLinear(nn.Module):
@@ -159,17 +159,57 @@ class EnsembleNormedLinear(nn.Module):
 
     def forward(self, x: th.Tensor, members: th.Tensor | None = None, dropout_mask: th.Tensor | None = None) -> th.Tensor:
         """
-        :param x: ``[M, in_features]`` or ``[n, M, in_features]``
+        :param x: ``[M, in_features]`` or ``[n or m, M, in_features]``
         :param members: see :meth:`EnsembleLinear.forward`
-        :param dropout_mask: see :func:`norm_mish`, ``[n or m, M, out_features]``
+        :param dropout_mask: bool, the units to keep, ``[n or m, M, out_features]``. Drawn by the caller, since random
+            numbers inside a compiled CPU kernel are drawn one by one. Default None: no dropout
         :return: ``[n or m, M, out_features]``
         """
         weight: th.Tensor = self.norm_weight
         shift: th.Tensor = self.norm_bias
         if members is not None:
             weight, shift = weight.detach()[members], shift.detach()[members]
-        h, bias = self.linear(x, members)
-        return norm_mish(h, bias, weight, shift, dropout_mask)
+        h = self.linear(x, members)
+        if dropout_mask is not None:
+            # the factor 1 / (1 - p) on what is kept would vanish in the LayerNorm
+            h = h * dropout_mask
+        return mish(F.layer_norm(h, h.shape[-1:]) * weight.unsqueeze(1) + shift.unsqueeze(1))
+
+
+class EnsembleMLP(nn.Module):
+    """
+    An ensemble of multi-layer perceptrons of LayerNorm + Mish layers with a plain last one; dropout in the first.
+
+    :param n_members: number of members ``n``
+    :param in_features: size of the last input dimension
+    :param hidden: width of both hidden layers
+    :param out_features: size of the last output dimension
+    """
+
+    def __init__(self, n_members: int, in_features: int, hidden: int, out_features: int) -> None:
+        super().__init__()
+        self.first = EnsembleNormedLinear(n_members, in_features, hidden)
+        self.second = EnsembleNormedLinear(n_members, hidden, hidden)
+        self.head = EnsembleLinear(n_members, hidden, out_features)
+
+    def forward(self, x: th.Tensor, members: th.Tensor | None = None, dropout_mask: th.Tensor | None = None) -> th.Tensor:
+        """
+        :param x: ``[M, in_features]``
+        :param members: see :meth:`EnsembleLinear.forward`
+        :param dropout_mask: see :meth:`EnsembleNormedLinear.forward`
+        :return: ``[n or m, M, out_features]``
+        """
+        if not kernels.usable(x):
+            return self.head(self.second(self.first(x, members, dropout_mask), members), members)
+        normed = (self.first, self.second)
+        linear = (self.first.linear, self.second.linear, self.head)
+        layers = kernels.Layers(
+            [layer.weight for layer in linear],
+            [layer.bias for layer in linear],
+            [layer.norm_weight for layer in normed],
+            [layer.norm_bias for layer in normed],
+        )
+        return kernels.mlp(x, layers, members=members, dropout_mask=dropout_mask)
 
 
 def init_linear(layer: nn.Linear) -> None:
@@ -182,7 +222,7 @@ def init_linear(layer: nn.Linear) -> None:
     nn.init.zeros_(layer.bias)
 
 
-def mlp(in_features: int, hidden: Sequence[int], out_features: int, out_activation: nn.Module | None = None) -> nn.Sequential:
+def mlp(in_features: int, hidden: Sequence[int], out_features: int, out_activation: nn.Module | None = None) -> MLP:
     """
     A multi-layer perceptron of LayerNorm + Mish layers.
 
@@ -200,4 +240,4 @@ def mlp(in_features: int, hidden: Sequence[int], out_features: int, out_activati
         last = nn.Linear(widths[-1], out_features)
         init_linear(last)
         layers.append(last)
-    return nn.Sequential(*layers)
+    return MLP(*layers)

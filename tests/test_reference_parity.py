@@ -135,7 +135,7 @@ def _our_name(network: str, layer: str, kind: str) -> str:
     if network in ("q", "q_target"):
         module = ("first", "second", "head")[int(layer)]
         own = {"weight": "linear.weight", "bias": "linear.bias", "ln_weight": "norm_weight", "ln_bias": "norm_bias"}[kind]
-        return f"{NETWORKS[network]}.{module}.{kind if module == 'head' else own}"
+        return f"{NETWORKS[network]}.net.{module}.{kind if module == 'head' else own}"
     last = {"rew": "3", "pi": "2"}.get(network)
     own = {"weight": "linear.weight", "bias": "linear.bias", "ln_weight": "norm.weight", "ln_bias": "norm.bias"}[kind]
     return f"{NETWORKS[network]}.{layer}.{kind if layer == last else own}"
@@ -295,8 +295,8 @@ def test_initial_parameters_have_the_statistics_of_the_paper():
     policy = model.policy
     rows = policy.world_model.reward[-1].weight.detach()
     th.testing.assert_close(rows @ rows.T, th.eye(len(rows)), rtol=0, atol=1e-5)  # orthogonal
-    assert not policy.critic.head.weight.any()
-    special = {"world_model.reward.3.weight", "critic.head.weight"}
+    assert not policy.critic.net.head.weight.any()
+    special = {"world_model.reward.3.weight", "critic.net.head.weight"}
     for name, parameter in policy.named_parameters():
         values = parameter.detach()
         if name in special or name.startswith("critic_target"):
