@@ -23,13 +23,14 @@ import yaml
 from rl_zoo3.utils import StoreDict, get_wrapper_class
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import load_results
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
 from sb3_boom import BOOM
 from sb3_boom.callbacks import PlannerPriorEvalCallback
 
 ROOT = pathlib.Path(__file__).parents[1]
 COLUMNS = "task,variant,seed,agent_steps,env_steps,planner_return,prior_return,wall_s,revision,versions".split(",")
+OF_THE_ENVIRONMENT = ("n_envs", "n_timesteps", "env_wrapper", "env_kwargs", "frame_stack")
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,15 +54,23 @@ def parse_args() -> argparse.Namespace:
 def read_hyperparams(path: pathlib.Path, env_id: str) -> dict[str, Any]:
     """:return: the environment's entry of the file, else its default"""
     entries = yaml.safe_load(path.read_text())
-    return dict(entries.get(env_id, entries["default"]))
+    if env_id not in entries and "default" not in entries:
+        raise SystemExit(f"{path} has no entry for {env_id}, only for {', '.join(entries)}")
+    return dict(entries.get(env_id) or entries["default"])
 
 
 def make_env(env_id: str, hyperparams: dict[str, Any], seed: int, n_envs: int = 1, monitor_dir: str | None = None) -> VecEnv:
     if env_id.startswith("dm_control/"):
         import shimmy  # noqa: F401  # registers them
-    return make_vec_env(
-        env_id, n_envs=n_envs, seed=seed, monitor_dir=monitor_dir, wrapper_class=get_wrapper_class(hyperparams)
+    env = make_vec_env(
+        env_id,
+        n_envs=n_envs,
+        seed=seed,
+        monitor_dir=monitor_dir,
+        wrapper_class=get_wrapper_class(hyperparams),
+        env_kwargs=hyperparams.get("env_kwargs"),
     )
+    return VecFrameStack(env, hyperparams["frame_stack"]) if "frame_stack" in hyperparams else env
 
 
 def env_steps_per_agent_step(env: VecEnv) -> int:
@@ -134,7 +143,7 @@ def main() -> None:
     # another number of environments would be another plan to compile
     eval_env = make_env(args.env, hyperparams, args.seed + 1000, n_envs=args.eval_envs or env.num_envs)
 
-    settings = {key: value for key, value in hyperparams.items() if key not in ("n_envs", "n_timesteps", "env_wrapper")}
+    settings = {key: value for key, value in hyperparams.items() if key not in OF_THE_ENVIRONMENT}
     if args.no_compile:
         settings["compile"] = False
     model = BOOM(env=env, seed=args.seed, verbose=1, **settings)
