@@ -146,6 +146,15 @@ def test_several_environments_plan_in_one_call_each_with_its_own_warm_start(vec_
     env.close()
 
 
+def test_sixteen_environments():
+    model = make_model(make_vec_env(TargetEnv, n_envs=16), learning_starts=32, gradient_steps=-1)
+    model.learn(100)
+    assert model.num_timesteps == 112 and model.replay_buffer.size() * 16 == 112
+    assert model._n_updates == TINY["pretrain_steps"] + 112 - 16
+    actions, (mean,) = model.predict(model.get_env().reset())
+    assert actions.shape == (16, 1) and mean.shape == (16, 3, 1)
+
+
 def test_warm_start_is_dropped_where_an_episode_starts(monkeypatch):
     env = make_vec_env(lambda: TargetEnv(length=7), n_envs=2)
     model = make_model(env)

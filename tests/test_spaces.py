@@ -13,7 +13,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize, VecTransposeImage
 
-from sb3_boom import BOOM
+from sb3_boom import BOOM, MlpPolicy
 from sb3_boom.augmentation import random_shift
 
 SMALL_IMAGES = dict(TINY, buffer_size=200)
@@ -174,6 +174,51 @@ def test_features_extractor_of_ones_own_learns_with_the_encoder(tmp_path):
     assert not th.equal(model.policy.features_extractor.layer.weight, before)
     assert model.policy.world_model.encoder[0].linear.in_features == 7
     evaluate_policy(model, model.get_env(), n_eval_episodes=1)
+
+
+class Normalised(BaseFeaturesExtractor):
+    """What differs between training and evaluation: batch statistics."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space, observation_space.shape[0])
+        self.norm = th.nn.BatchNorm1d(self.features_dim)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.norm(observations)
+
+
+def test_updates_train_and_predictions_evaluate_the_networks():
+    """As SB3's test_train_eval_mode: batch statistics follow the updates, never a prediction or a plan."""
+    env = AnySpaceEnv(spaces.Box(-1, 1, (3,)))
+    policy_kwargs = dict(TINY["policy_kwargs"], features_extractor_class=Normalised)
+    model = BOOM("MlpPolicy", env, **dict(TINY, policy_kwargs=policy_kwargs, gradient_steps=0, pretrain_steps=0))
+    norm = model.policy.features_extractor.norm
+    model.learn(60)
+    obs = model.get_env().reset()
+    before = norm.running_mean.clone()
+    actions = [model.predict(obs, deterministic=True)[0] for _ in range(2)]
+    assert np.array_equal(*actions) and th.equal(norm.running_mean, before) and not before.any()
+    model.train(1, 16)
+    after = norm.running_mean.clone()
+    assert not th.equal(after, before)
+    for predict in (model.predict, model.prior.predict):
+        predict(obs)
+    assert th.equal(norm.running_mean, after)
+
+
+class OwnPolicy(MlpPolicy):
+    """A policy with a method of its own."""
+
+    def latent(self, obs: np.ndarray) -> th.Tensor:
+        return self.world_model.encode(self.features(self.obs_to_tensor(obs)[0]))
+
+
+def test_policy_class_of_ones_own(tmp_path):
+    env = AnySpaceEnv(spaces.Box(-1, 1, (3,)))
+    model = BOOM(OwnPolicy, env, **TINY)
+    learn_save_load_predict(model, tmp_path)
+    assert isinstance(model.policy, OwnPolicy)
+    assert model.policy.latent(np.zeros((2, 3), np.float32)).shape == (2, model.policy.latent_dim)
 
 
 def test_policy_for_another_kind_of_observation_is_refused():
