@@ -1,0 +1,179 @@
+"""
+The ``sb3-boom`` command. Most of it is rl_zoo3's, for BOOM.
+
+    sb3-boom train --env Pendulum-v1 --cpu -P
+    sb3-boom enjoy --env Pendulum-v1 --no-render
+    sb3-boom list --cpu
+"""
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import gymnasium as gym
+
+USAGE = """usage: sb3-boom [--traceback] COMMAND [--cpu] ...
+
+commands, of which the first five take rl_zoo3's options (sb3-boom COMMAND --help):
+  train      train BOOM on an environment with the settings of its entry
+  enjoy      run a trained model
+  optimize   search hyperparameters with Optuna
+  record     write a video of a trained model
+  plot       plot the returns of training
+  list       environments with an entry, and whether they are installed
+  benchmark  train a grid of tasks and seeds, and report it beside published results
+
+options:
+  --cpu        settings sized for two CPU cores (boom-cpu.yml) instead of the paper's (boom.yml)
+  --traceback  show where an error comes from"""
+USER_ERRORS = (ValueError, TypeError, AssertionError, ImportError, OSError, gym.error.Error)
+
+
+def fail(message: object, status: int = 2) -> NoReturn:
+    """
+    End the program with one line.
+
+    :param message: what is wrong
+    :param status: the exit status
+    """
+    lines = str(message).strip().splitlines() or [repr(message)]
+    print(f"sb3-boom: {lines[0]}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _has(arguments: Sequence[str], *flags: str) -> bool:
+    return any(argument.split("=")[0] in flags for argument in arguments)
+
+
+def _value(arguments: Sequence[str], *flags: str) -> str | None:
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument in flags:
+            return following
+        if argument.split("=")[0] in flags:
+            return argument.split("=", 1)[1]
+    return None
+
+
+def _rl_zoo3(arguments: list[str]) -> None:
+    """What every command of rl_zoo3 needs. :param arguments: the command's"""
+    from sb3_boom import zoo
+
+    zoo.register()
+    env_id = _value(arguments, "--env", "-e")
+    missing = zoo.missing_package(env_id) if env_id else None
+    if missing:
+        fail(f"{env_id}: {missing}")
+
+
+def train(arguments: list[str], cpu: bool) -> None:
+    """
+    :param arguments: of rl_zoo3's ``train``
+    :param cpu: which hyperparameter file to take, unless ``--conf-file`` names one
+    """
+    from rl_zoo3.train import train as rl_zoo3_train
+
+    from sb3_boom import zoo
+
+    _rl_zoo3(arguments)
+    if not _has(arguments, "-conf", "--conf-file"):
+        arguments = ["--conf-file", str(zoo.hyperparams_file(cpu)), *arguments]
+    sys.argv[1:] = ["--algo", "boom", *arguments]
+    rl_zoo3_train()
+
+
+def optimize(arguments: list[str], cpu: bool) -> None:
+    """
+    :param arguments: of rl_zoo3's ``train``
+    :param cpu: which hyperparameter file to take
+    """
+    train(["-optimize", *arguments], cpu)
+
+
+def enjoy(arguments: list[str], cpu: bool) -> None:
+    """
+    :param arguments: of rl_zoo3's ``enjoy``
+    :param cpu: unused: the settings are the saved model's
+    """
+    from rl_zoo3.enjoy import enjoy as rl_zoo3_enjoy
+
+    _rl_zoo3(arguments)
+    sys.argv[1:] = ["--algo", "boom", "-f", "logs", *arguments]
+    rl_zoo3_enjoy()
+
+
+def record(arguments: list[str], cpu: bool) -> None:
+    """
+    :param arguments: of rl_zoo3's ``record_video``
+    :param cpu: unused: the settings are the saved model's
+    """
+    _rl_zoo3(arguments)
+    sys.argv[1:] = ["--algo", "boom", "-f", "logs", *arguments]
+    runpy.run_module("rl_zoo3.record_video", run_name="__main__")
+
+
+def plot(arguments: list[str], cpu: bool) -> None:
+    """
+    :param arguments: of rl_zoo3's ``plot_train``
+    :param cpu: unused
+    """
+    from rl_zoo3.plots.plot_train import plot_train
+
+    sys.argv[1:] = ["-a", "boom", "-f", "logs", *arguments]
+    plot_train()
+
+
+def list_environments(arguments: list[str], cpu: bool) -> None:
+    """
+    :param arguments: none are taken
+    :param cpu: which hyperparameter file to list
+    """
+    from sb3_boom import zoo
+
+    argparse.ArgumentParser("sb3-boom list").parse_args(arguments)
+    zoo.register()
+    path = zoo.hyperparams_file(cpu)
+    print(f"{'environment':42} {'steps':>9}  ({path})")
+    for env_id, entry in zoo.read_hyperparams(path).items():
+        missing = zoo.missing_package(env_id)
+        print(f"{env_id:42} {int(entry['n_timesteps']):>9,}  {f'not installed: {missing}' if missing else ''}".rstrip())
+
+
+COMMANDS: dict[str, Callable[[list[str], bool], None]] = dict(
+    train=train, enjoy=enjoy, optimize=optimize, record=record, plot=plot, list=list_environments
+)
+
+
+def _one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    fail(f"{message} (sb3-boom COMMAND --help lists the options)")
+
+
+def main() -> None:
+    """Entry point of ``sb3-boom``."""
+    arguments = sys.argv[1:]
+    traceback = "--traceback" in arguments[:1]
+    arguments = arguments[1:] if traceback else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    command, *arguments = arguments
+    if command not in COMMANDS:
+        fail(f"unknown command {command}: choose among {', '.join(COMMANDS)}")
+    cpu = "--cpu" in arguments
+    arguments = [argument for argument in arguments if argument != "--cpu"]
+    sys.argv[0] = f"sb3-boom {command}"
+    argparse.ArgumentParser.error = _one_line  # type: ignore[method-assign, assignment]  # rl_zoo3's parsers are its own
+    try:
+        COMMANDS[command](arguments, cpu)
+    except BrokenPipeError:  # `sb3-boom list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except USER_ERRORS as error:
+        if traceback:
+            raise
+        fail(f"{type(error).__name__}: {error}", status=1)
+
+
+if __name__ == "__main__":
+    main()

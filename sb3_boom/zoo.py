@@ -1,0 +1,110 @@
+"""BOOM in rl_zoo3: its name there, its hyperparameter files, its search space for Optuna."""
+
+import importlib
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import optuna
+import yaml
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from rl_zoo3.utils import ALGOS
+
+from sb3_boom import BOOM
+
+ENVIRONMENT_PACKAGES = ("shimmy", "humanoid_bench")  # they register their environments when imported
+MISSING = {
+    "dm_control/": 'dm_control is missing: pip install "sb3_boom[dmc]"',
+    "h1hand-": "Humanoid-Bench is missing, and is on no package index: docs/zoo.md has the recipe",
+    "LunarLander": 'Box2D is missing: pip install "sb3_boom[box2d]"',
+    "BipedalWalker": 'Box2D is missing: pip install "sb3_boom[box2d]"',
+}
+NO_MODULE = {"LunarLander": "Box2D", "BipedalWalker": "Box2D"}  # registered by Gymnasium, whether they work or not
+
+
+def hyperparams_file(cpu: bool = False) -> Path:
+    """
+    :param cpu: the file sized for two CPU cores instead of the paper's
+    :return: path of the hyperparameter file, in a wheel or in the repository
+    """
+    name = "boom-cpu.yml" if cpu else "boom.yml"
+    in_package = Path(__file__).parent / "zoo_hyperparams" / name
+    return in_package if in_package.exists() else Path(__file__).parents[1] / "zoo_hyperparams" / name
+
+
+def read_hyperparams(path: Path) -> dict[str, dict[str, Any]]:
+    """
+    :param path: hyperparameter file in rl_zoo3's format
+    :return: the entries by environment id, without ``default``
+    """
+    entries = yaml.safe_load(path.read_text())
+    return {env_id: entry for env_id, entry in entries.items() if env_id != "default"}
+
+
+def register_environments() -> None:
+    """Import the packages that register environments, where they are installed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*GLFWError.*|.*DISPLAY.*")  # no display is no news
+        for package in ENVIRONMENT_PACKAGES:
+            if importlib.util.find_spec(package):
+                importlib.import_module(package)
+
+
+def missing_package(env_id: str) -> str | None:
+    """
+    :param env_id: a Gymnasium id
+    :return: what to install for it, or None if nothing is known to be missing
+    """
+    for prefix, message in MISSING.items():
+        if env_id.startswith(prefix):
+            module = NO_MODULE.get(prefix)
+            there = importlib.util.find_spec(module) is not None if module else env_id in gym.registry
+            return None if there else message
+    return None
+
+
+def register() -> None:
+    """Make ``--algo boom`` known to rl_zoo3, and every environment that is installed to Gymnasium."""
+    register_environments()
+    ALGOS["boom"] = BOOM
+    HYPERPARAMS_SAMPLER["boom"] = sample_boom_params
+    HYPERPARAMS_CONVERTER["boom"] = convert_boom_params
+
+
+def sample_boom_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    BOOM's search space.
+
+    :param trial: the trial to sample for
+    :param n_actions: unused, as rl_zoo3 passes it
+    :param n_envs: unused, as rl_zoo3 passes it
+    :param additional_args: unused, as rl_zoo3 passes it
+    :return: arguments of :class:`sb3_boom.BOOM`
+    """
+    return convert_boom_params(
+        dict(
+            model_size=trial.suggest_categorical("model_size", ["tiny", "1M"]),
+            horizon=trial.suggest_int("horizon", 1, 5),
+            n_samples_pow=trial.suggest_int("n_samples_pow", 5, 9),
+            align_coef=trial.suggest_float("align_coef", 1e-3, 1.0, log=True),
+            learning_rate=trial.suggest_float("learning_rate", 1e-4, 1e-3, log=True),
+            rho=trial.suggest_float("rho", 0.3, 1.0),
+        )
+    )
+
+
+def convert_boom_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param sampled_params: a trial's parameters; ``n_samples_pow`` is the binary logarithm of the planner's samples, of which
+        an eighth are elites and a twentieth policy trajectories, as the paper's 512, 64 and 24
+    :return: arguments of :class:`sb3_boom.BOOM`
+    """
+    hyperparams = dict(sampled_params)
+    n_samples = 2 ** hyperparams.pop("n_samples_pow")
+    hyperparams["planner_kwargs"] = dict(
+        n_samples=n_samples, n_elites=n_samples // 8, n_policy_samples=max(1, n_samples // 20)
+    )
+    hyperparams["policy_kwargs"] = dict(model_size=hyperparams.pop("model_size"))
+    return hyperparams

@@ -1,0 +1,196 @@
+"""The sb3-boom command, rl_zoo3's for BOOM, and the hyperparameter files."""
+
+import argparse
+import copy
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import gymnasium as gym
+import optuna
+import pytest
+import yaml
+from conftest import TINY
+from rl_zoo3.utils import get_wrapper_class
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_boom import BOOM, cli, zoo
+
+ENTRIES = [(path, env_id) for path in map(zoo.hyperparams_file, (False, True)) for env_id in zoo.read_hyperparams(path)]
+PAPER = [
+    f"dm_control/{task}-v0" for task in "dog-run dog-stand dog-trot dog-walk humanoid-run humanoid-stand humanoid-walk".split()
+]
+PAPER += [f"h1hand-{task}-v0" for task in "stand walk run sit_simple slide pole hurdle".split()]
+QUICK = "-params learning_starts:30 pretrain_steps:2 n_envs:1 compile:False batch_size:16".split()
+
+zoo.register()
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """:return: function that runs the command in an empty folder and returns exit status, output and errors"""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(argparse.ArgumentParser, "error", argparse.ArgumentParser.error)  # the command changes it
+
+    def run_command(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sb3-boom", *arguments])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
+
+    return run_command
+
+
+@pytest.mark.parametrize(("path", "env_id"), ENTRIES, ids=[f"{path.stem}-{env_id}" for path, env_id in ENTRIES])
+def test_entry_makes_a_model_that_trains(path, env_id):
+    if zoo.missing_package(env_id):
+        pytest.skip(zoo.missing_package(env_id))
+    entry = yaml.safe_load(path.read_text())[env_id]
+    assert int(entry.pop("n_timesteps")) >= 1000
+    env = make_vec_env(env_id, n_envs=entry.pop("n_envs", 1), wrapper_class=get_wrapper_class(entry), seed=0)
+    entry.pop("env_wrapper", None)
+    small = dict(entry, learning_starts=8, pretrain_steps=1, batch_size=8, compile=False, seed=0, buffer_size=1000)
+    small["policy_kwargs"] = dict(entry.get("policy_kwargs", {}), model_size="tiny")
+    small["planner_kwargs"] = dict(entry.get("planner_kwargs", {}), **TINY["planner_kwargs"])
+    model = BOOM(env=env, **small).learn(12)
+    assert model._n_updates > 1
+    expected = 500 if env_id.startswith("dm_control/") else None
+    if expected:
+        assert model.gamma == pytest.approx(0.99)  # which follows from the 500 steps
+    env.close()
+
+
+def test_both_files_have_the_same_environments_and_all_of_the_paper():
+    paper, cpu = (zoo.read_hyperparams(zoo.hyperparams_file(cpu)) for cpu in (False, True))
+    assert set(paper) == set(cpu) and set(PAPER) <= set(paper)
+    for env_id in PAPER:
+        assert paper[env_id]["n_timesteps"] == 2e6 and paper[env_id]["policy_kwargs"]["model_size"] == "5M"
+        assert paper[env_id].get("handle_terminations", True) == (not env_id.startswith("h1hand"))
+
+
+def test_settings_written_out_are_those_that_follow_by_themselves():
+    """Of the tasks that are installed: what the entry says is what "auto" would say."""
+    paper = zoo.read_hyperparams(zoo.hyperparams_file())
+    for env_id in ("dm_control/dog-run-v0", "dm_control/humanoid-run-v0"):
+        entry = copy.deepcopy(paper[env_id])
+        env = make_vec_env(env_id, wrapper_class=get_wrapper_class(entry))
+        model = BOOM("MlpPolicy", env, compile=False, policy_kwargs=dict(model_size="tiny"), buffer_size=10)
+        for name in ("gamma", "learning_starts", "pretrain_steps", "align_coef"):
+            assert getattr(model, name) == pytest.approx(entry[name]), name
+        assert model.policy.planner_config.n_iterations == entry["planner_kwargs"]["n_iterations"]
+        assert model.policy._constructor_kwargs["simnorm_dim"] == entry["policy_kwargs"]["simnorm_dim"]
+
+
+def test_trains_enjoys_and_continues(run):
+    status, output, _ = run(
+        "train", "--env", "Pendulum-v1", "--cpu", "-n", "60", "--seed", "1", "--eval-freq", "-1", "--save-replay-buffer",
+        "-tb", "tb", *QUICK,
+    )  # fmt: skip
+    assert status == 0 and "boom-cpu.yml" in output
+    folder = pathlib.Path("logs/boom/Pendulum-v1_1")
+    assert (folder / "replay_buffer.pkl").exists() and list(pathlib.Path("tb").rglob("events*"))
+    status, output, _ = run("enjoy", "--env", "Pendulum-v1", "--no-render", "-n", "200")
+    assert status == 0 and "Mean reward" in output
+    status, output, _ = run(
+        "train", "--env", "Pendulum-v1", "--cpu", "-n", "20", "--eval-freq", "-1", "-i", f"{folder}/Pendulum-v1.zip", *QUICK
+    )
+    assert status == 0 and "Loading replay buffer" in output
+    assert BOOM.load("logs/boom/Pendulum-v1_2/Pendulum-v1.zip").num_timesteps == 20
+
+
+def optimize(run, *more: str) -> tuple[int, str, str]:
+    return run(
+        "optimize", "--env", "Pendulum-v1", "--cpu", "-n", "40", "--n-evaluations", "1", "--eval-episodes", "1",
+        "--no-optim-plots", "--sampler", "random", "--pruner", "none", "--storage", "study.log", "--study-name", "s",
+        *more, *QUICK,
+    )  # fmt: skip
+
+
+def load_study() -> optuna.Study:
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend("study.log"))
+    return optuna.load_study(study_name="s", storage=storage)
+
+
+def test_optimizes_prunes_what_diverges_and_shares_a_journal(run, monkeypatch):
+    train, calls = BOOM.train, []
+
+    def diverging(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == 3:  # in the first trial, after pretraining
+            next(iter(self.policy.actor.parameters())).data.fill_(float("nan"))
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(BOOM, "train", diverging)
+    status, output, _ = optimize(run, "--n-trials", "2")
+    assert status == 0, output
+    states = [trial.state.name for trial in load_study().trials]
+    assert states == ["PRUNED", "COMPLETE"]
+    assert optimize(run, "--n-trials", "1")[0] == 0
+    study = load_study()
+    assert len(study.trials) == 3
+    settings = zoo.convert_boom_params(study.best_trial.params)
+    BOOM("MlpPolicy", "Pendulum-v1", buffer_size=10, compile=False, **settings)
+
+
+def test_lists_environments(run):
+    for arguments, file in (((), "boom.yml"), (("--cpu",), "boom-cpu.yml")):
+        status, output, _ = run("list", *arguments)
+        lines = output.splitlines()
+        assert status == 0 and file in lines[0]
+        assert len(lines) == 1 + len(zoo.read_hyperparams(zoo.hyperparams_file()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frobnicate"], "unknown command"),
+        (["train", "--env", "Pendulum-v9"], "Pendulum-v1"),
+        (["train", "--env", "Pendulum-v1", "--frob", "1"], "unrecognized arguments: --frob"),
+        (["train", "--env", "Pendulum-v1", "-params", "planer:1"], "planer"),
+        (["train", "--env", "Pendulum-v1", "--conf-file", "no.yml"], "no.yml"),
+        (["enjoy", "--env", "Pendulum-v1"], "not found"),
+        (["list", "--frob"], "--frob"),
+    ],
+    ids=lambda value: " ".join(value[:5]) if isinstance(value, list) else None,
+)
+def test_user_errors_are_one_line(run, arguments, message):
+    status, _, errors = run(*arguments)
+    lines = [line for line in errors.splitlines() if "Warning" not in line and not line.startswith("  ")]
+    assert status not in (0, None) and len(lines) == 1
+    assert lines[0].startswith("sb3-boom: ") and message in lines[0]
+
+
+@pytest.mark.skipif("h1hand-run-v0" in gym.registry, reason="installed")
+def test_missing_environments_are_told_how_to_install(run):
+    status, _, errors = run("train", "--env", "h1hand-run-v0")
+    assert status == 2 and "docs/zoo.md" in errors
+
+
+def test_help_names_every_command(run):
+    status, output, _ = run("--help")
+    assert status == 0 and all(f"  {command} " in output for command in cli.COMMANDS)
+
+
+def test_wheel_has_the_hyperparameters(tmp_path):
+    root = pathlib.Path(__file__).parents[1]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(root),
+    ]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"sb3_boom/zoo_hyperparams/{name}.yml" for name in ("boom", "boom-cpu")} <= set(names)
+    assert "sb3_boom/kernels.cpp" in names
