@@ -62,10 +62,10 @@ def _rl_zoo3(arguments: list[str]) -> None:
     from sb3_boom import zoo
 
     zoo.register()
-    env_id = _value(arguments, "--env", "-e")
+    env_id = _value(arguments, "--env")
     missing = zoo.missing_package(env_id) if env_id else None
     if missing:
-        fail(f"{env_id}: {missing}")
+        raise ImportError(f"{env_id}: {missing}")
 
 
 def train(arguments: list[str], cpu: bool) -> None:
@@ -141,8 +141,18 @@ def list_environments(arguments: list[str], cpu: bool) -> None:
         print(f"{env_id:42} {int(entry['n_timesteps']):>9,}  {f'not installed: {missing}' if missing else ''}".rstrip())
 
 
+def benchmark(arguments: list[str], cpu: bool) -> None:
+    """
+    :param arguments: of :func:`sb3_boom.benchmark.command.benchmark`
+    :param cpu: which hyperparameter file to take
+    """
+    from sb3_boom.benchmark import command
+
+    command.benchmark(arguments, cpu)
+
+
 COMMANDS: dict[str, Callable[[list[str], bool], None]] = dict(
-    train=train, enjoy=enjoy, optimize=optimize, record=record, plot=plot, list=list_environments
+    train=train, enjoy=enjoy, optimize=optimize, record=record, plot=plot, list=list_environments, benchmark=benchmark
 )
 
 

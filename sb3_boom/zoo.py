@@ -10,10 +10,13 @@ import gymnasium as gym
 import optuna
 import yaml
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
-from rl_zoo3.utils import ALGOS
+from rl_zoo3.utils import ALGOS, get_wrapper_class
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
 from sb3_boom import BOOM
 
+OF_THE_ENVIRONMENT = ("n_envs", "n_timesteps", "env_wrapper", "env_kwargs", "frame_stack")
 ENVIRONMENT_PACKAGES = ("shimmy", "humanoid_bench")  # they register their environments when imported
 MISSING = {
     "dm_control/": 'dm_control is missing: pip install "sb3_boom[dmc]"',
@@ -43,6 +46,47 @@ def read_hyperparams(path: Path) -> dict[str, dict[str, Any]]:
     return {env_id: entry for env_id, entry in entries.items() if env_id != "default"}
 
 
+def entry(path: Path, env_id: str) -> dict[str, Any]:
+    """
+    :param path: hyperparameter file in rl_zoo3's format
+    :param env_id: a Gymnasium id
+    :return: the environment's entry, else ``default``
+    :raises ValueError: if there is neither
+    """
+    entries = yaml.safe_load(path.read_text())
+    if env_id not in entries and "default" not in entries:
+        raise ValueError(f"{path} has no entry for {env_id}, only for {', '.join(entries)}")
+    return dict(entries.get(env_id) or entries["default"])
+
+
+def settings_of_the_model(entry: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param entry: of a hyperparameter file
+    :return: those of its settings that are arguments of :class:`sb3_boom.BOOM`
+    """
+    return {key: value for key, value in entry.items() if key not in OF_THE_ENVIRONMENT}
+
+
+def make_env(env_id: str, entry: dict[str, Any], seed: int, n_envs: int = 1, monitor_dir: str | None = None) -> VecEnv:
+    """
+    :param env_id: a Gymnasium id
+    :param entry: its entry of a hyperparameter file
+    :param seed: of the environments
+    :param n_envs: number of environments
+    :param monitor_dir: where to log episodes; default: nowhere
+    :return: the environments, wrapped as the entry says
+    """
+    env = make_vec_env(
+        env_id,
+        n_envs=n_envs,
+        seed=seed,
+        monitor_dir=monitor_dir,
+        wrapper_class=get_wrapper_class(entry),
+        env_kwargs=entry.get("env_kwargs"),
+    )
+    return VecFrameStack(env, entry["frame_stack"]) if "frame_stack" in entry else env
+
+
 def register_environments() -> None:
     """Import the packages that register environments, where they are installed."""
     with warnings.catch_warnings():
@@ -63,6 +107,18 @@ def missing_package(env_id: str) -> str | None:
             there = importlib.util.find_spec(module) is not None if module else env_id in gym.registry
             return None if there else message
     return None
+
+
+def check_installed(env_id: str) -> None:
+    """
+    :param env_id: a Gymnasium id
+    :raises ImportError: if its package is missing
+    :raises gymnasium.error.Error: if there is no such environment
+    """
+    missing = missing_package(env_id)
+    if missing:
+        raise ImportError(f"{env_id}: {missing}")
+    gym.spec(env_id)
 
 
 def register() -> None:

@@ -9,28 +9,19 @@ Writes a zip, the Monitor's CSV, a CSV row per evaluation and the learning curve
 """
 
 import argparse
-import csv
 import pathlib
-import platform
-import subprocess
-import time
 import warnings
-from typing import Any
 
 import numpy as np
 import torch as th
-import yaml
-from rl_zoo3.utils import StoreDict, get_wrapper_class
-from stable_baselines3.common.env_util import make_vec_env
+from rl_zoo3.utils import StoreDict
 from stable_baselines3.common.monitor import load_results
-from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
-from sb3_boom import BOOM
+from sb3_boom import BOOM, zoo
+from sb3_boom.benchmark.rows import EvaluationLog
 from sb3_boom.callbacks import PlannerPriorEvalCallback
 
 ROOT = pathlib.Path(__file__).parents[1]
-COLUMNS = "task,variant,seed,agent_steps,env_steps,planner_return,prior_return,wall_s,revision,versions".split(",")
-OF_THE_ENVIRONMENT = ("n_envs", "n_timesteps", "env_wrapper", "env_kwargs", "frame_stack")
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,65 +40,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="never use torch.compile")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     return parser.parse_args()
-
-
-def read_hyperparams(path: pathlib.Path, env_id: str) -> dict[str, Any]:
-    """:return: the environment's entry of the file, else its default"""
-    entries = yaml.safe_load(path.read_text())
-    if env_id not in entries and "default" not in entries:
-        raise SystemExit(f"{path} has no entry for {env_id}, only for {', '.join(entries)}")
-    return dict(entries.get(env_id) or entries["default"])
-
-
-def make_env(env_id: str, hyperparams: dict[str, Any], seed: int, n_envs: int = 1, monitor_dir: str | None = None) -> VecEnv:
-    if env_id.startswith("dm_control/"):
-        import shimmy  # noqa: F401  # registers them
-    env = make_vec_env(
-        env_id,
-        n_envs=n_envs,
-        seed=seed,
-        monitor_dir=monitor_dir,
-        wrapper_class=get_wrapper_class(hyperparams),
-        env_kwargs=hyperparams.get("env_kwargs"),
-    )
-    return VecFrameStack(env, hyperparams["frame_stack"]) if "frame_stack" in hyperparams else env
-
-
-def env_steps_per_agent_step(env: VecEnv) -> int:
-    return int(env.get_attr("num_repeats", indices=0)[0]) if env.has_attr("num_repeats") else 1
-
-
-class CsvEvalCallback(PlannerPriorEvalCallback):
-    """Writes a row per evaluation, at once, so that an interrupted run keeps what it has."""
-
-    def __init__(self, *args, path: pathlib.Path, fixed: dict[str, Any], action_repeat: int, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.path = path
-        self.fixed = fixed
-        self.action_repeat = action_repeat
-        self.start = time.time()
-
-    def evaluate(self) -> None:
-        super().evaluate()
-        row = dict(
-            self.fixed,
-            agent_steps=self.timesteps[-1],
-            env_steps=self.timesteps[-1] * self.action_repeat,
-            planner_return=f"{np.mean(self.planner_returns[-1]):.2f}",
-            prior_return=f"{np.mean(self.prior_returns[-1]):.2f}",
-            wall_s=f"{time.time() - self.start:.0f}",
-        )
-        is_new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
-
-
-def revision() -> str:
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
 
 
 def plot(path: pathlib.Path, evaluations: PlannerPriorEvalCallback, title: str) -> None:
@@ -135,27 +67,26 @@ def main() -> None:
     if args.threads:
         th.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    hyperparams = read_hyperparams(args.hyperparams, args.env) | args.params
-    steps = args.steps or int(hyperparams["n_timesteps"])
+    zoo.register_environments()
+    try:
+        entry = zoo.entry(args.hyperparams, args.env) | args.params
+    except ValueError as error:
+        raise SystemExit(error) from None
+    steps = args.steps or int(entry["n_timesteps"])
     folder = args.folder or ROOT / "logs" / f"{args.env.replace('/', '-')}-seed{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    env = make_env(args.env, hyperparams, args.seed, hyperparams.get("n_envs", 1), monitor_dir=str(folder))
+    env = zoo.make_env(args.env, entry, args.seed, entry.get("n_envs", 1), monitor_dir=str(folder))
     # another number of environments would be another plan to compile
-    eval_env = make_env(args.env, hyperparams, args.seed + 1000, n_envs=args.eval_envs or env.num_envs)
+    eval_env = zoo.make_env(args.env, entry, args.seed + 1000, n_envs=args.eval_envs or env.num_envs)
 
-    settings = {key: value for key, value in hyperparams.items() if key not in OF_THE_ENVIRONMENT}
+    settings = zoo.settings_of_the_model(entry)
     if args.no_compile:
         settings["compile"] = False
     model = BOOM(env=env, seed=args.seed, verbose=1, **settings)
     variant = " ".join(f"{key}:{value}" for key, value in args.params.items()) or "release"
-    versions = f"python {platform.python_version()} torch {th.__version__}"
-    evaluations = CsvEvalCallback(
-        eval_env,
-        args.eval_episodes,
-        args.eval_freq // env.num_envs,
-        path=args.csv or folder / "evaluations.csv",
-        fixed=dict(task=args.env, variant=variant, seed=args.seed, revision=revision(), versions=versions),
-        action_repeat=env_steps_per_agent_step(env),
+    csv = args.csv or folder / "evaluations.csv"
+    evaluations = EvaluationLog(
+        eval_env, csv, (args.env, variant, args.seed), args.eval_episodes, args.eval_freq // env.num_envs
     )
     model.learn(steps, callback=evaluations, progress_bar=not args.no_progress)
     if not evaluations.timesteps or evaluations.timesteps[-1] != model.num_timesteps:

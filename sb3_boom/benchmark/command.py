@@ -1,0 +1,74 @@
+"""``sb3-boom benchmark``: its arguments."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rl_zoo3.utils import StoreDict
+
+from sb3_boom import zoo
+
+
+def benchmark(arguments: list[str], cpu: bool) -> None:
+    """
+    :param arguments: of ``run`` or ``report``
+    :param cpu: which hyperparameter file to take
+    :raises ValueError: for a task, suite or variant that does not exist
+    """
+    from sb3_boom.benchmark import report, runner
+
+    parser = argparse.ArgumentParser("sb3-boom benchmark")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    run = commands.add_parser("run", help="train a grid of tasks, variants and seeds; go on where it was interrupted")
+    run.add_argument("--suite", choices=sorted(runner.SUITES), help="a list of tasks")
+    run.add_argument("--tasks", nargs="+", default=[], metavar="ENV", help="environment ids, besides the suite's")
+    run.add_argument("--variants", nargs="+", choices=sorted(runner.VARIANTS), default=["release"])
+    run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    run.add_argument("--jobs", type=int, default=1, help="runs side by side, which share the cores (default: 1)")
+    one = commands.add_parser("one", help="one run of a grid")
+    one.add_argument("--task", required=True)
+    one.add_argument("--variant", default="release", choices=sorted(runner.VARIANTS))
+    one.add_argument("--seed", type=int, default=0)
+    for command in (run, one):
+        command.add_argument("--steps", type=int, required=True, help="agent steps of a run")
+        command.add_argument("--eval-freq", type=int, default=10_000, help="agent steps between evaluations")
+        command.add_argument("--eval-episodes", type=int, default=10)
+        command.add_argument("--csv", type=Path, default=Path("logs/benchmark/results.csv"), help="where rows are appended")
+        command.add_argument("--folder", type=Path, default=Path("logs/benchmark"), help="for checkpoints and logs")
+        command.add_argument("-conf", "--conf-file", type=Path, help="hyperparameter file")
+        command.add_argument("-params", nargs="+", action=StoreDict, default={}, help="key:value, over the file's")
+
+    page = commands.add_parser("report", help="a Markdown page with tables and curves, beside published results")
+    page.add_argument("csv", nargs="+", type=Path, help="CSVs of benchmark run")
+    page.add_argument("--out", type=Path, default=Path("logs/benchmark/report.md"))
+    args = parser.parse_args(arguments)
+
+    if args.command == "report":
+        problems = report.write(args.csv, args.out)
+        print(f"wrote {args.out}")
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        raise SystemExit(1 if problems else 0)
+
+    hyperparams = args.conf_file or zoo.hyperparams_file(cpu)
+    zoo.register()
+    if args.command == "one":
+        runner.set_threads()
+        folder = runner.run_folder(args.folder, args.task, args.variant, args.seed)
+        runner.train_one(
+            args.task, args.variant, args.seed, args.steps, args.eval_freq, args.csv, folder, hyperparams,
+            args.eval_episodes, args.params,
+        )  # fmt: skip
+        return
+    tasks = list(dict.fromkeys([*runner.SUITES.get(args.suite, ()), *args.tasks]))
+    if not tasks:
+        raise ValueError("no task: name a --suite, or environments with --tasks")
+    for task in tasks:
+        zoo.check_installed(task)
+    further = ["--eval-freq", str(args.eval_freq), "--eval-episodes", str(args.eval_episodes), "--conf-file", str(hyperparams)]
+    if args.params:
+        further += ["-params", *(f"{key}:{value!r}" for key, value in args.params.items())]
+    failed = runner.run_grid(tasks, args.variants, args.seeds, args.steps, args.jobs, args.csv, args.folder, further)
+    if failed:
+        raise ValueError(f"{failed} runs failed; the same command takes them up again")

@@ -1,0 +1,251 @@
+"""A Markdown page of a benchmark's CSVs beside published results: tables, curves, interquartile means."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from sb3_boom.benchmark import rows
+from sb3_boom.benchmark.rows import Row
+
+PUBLISHED = Path(__file__).parent / "published"
+# file: columns as they are called here
+SOURCES = {
+    "boom_paper_curves.csv": "BOOM's authors",
+    "tdmpc2_dmc_hard_4M.csv": "TD-MPC2's authors",
+    "dmc_state_1M.csv": "TD-MPC2's authors",
+    "bmpc_dmc_1M.csv": "BMPC's authors",
+}
+NAMES = {
+    "boom": "BOOM (paper)",
+    "tdmpc2": "TD-MPC2",
+    "tdmpc2_rerun_by_bmpc": "TD-MPC2 (BMPC's rerun)",
+    "bmpc": "BMPC",
+    "dreamerv3": "DreamerV3",
+    "sac": "SAC",
+}
+MAX_RETURN = {"dm_control/": 1000.0}  # by the task's prefix: what scores are normalised by
+LEVEL = 0.95
+
+
+class Curve(NamedTuple):
+    """
+    A published learning curve.
+
+    :param algorithm: its name
+    :param env_steps: simulation steps ``[n]``
+    :param mean: mean returns ``[n]``
+    :param std: standard deviations over seeds ``[n]``; NaN where they were not published
+    :param source: the file it is from
+    """
+
+    algorithm: str
+    env_steps: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+    source: str
+
+    def at(self, env_steps: int) -> float:
+        """
+        :param env_steps: simulation steps
+        :return: mean return there, interpolated; NaN beyond the curve
+        """
+        return float(np.interp(env_steps, self.env_steps, self.mean, left=np.nan, right=np.nan))
+
+
+def published_name(task: str) -> str:
+    """
+    :param task: environment id
+    :return: the task's name in the published files
+    """
+    name = task.removeprefix("dm_control/").rsplit("-v", 1)[0]
+    if task.startswith("dm_control/"):
+        name = name.replace("ball_in_cup", "cup").replace("_", "-")
+    return name
+
+
+def published_curves(task: str) -> list[Curve]:
+    """
+    :param task: environment id
+    :return: the published curves of this task
+    """
+    curves = []
+    for file in SOURCES:
+        table = pd.read_csv(PUBLISHED / file)
+        table = table[table["task"] == published_name(task)]
+        for algorithm, points in table.groupby("algorithm"):
+            if file == "boom_paper_curves.csv" and algorithm == "tdmpc2" and task.startswith("dm_control/"):
+                continue  # drawn on the wrong axis there; the next file has them
+            points = points.sort_values("env_steps")
+            std = points["return_std"] if "return_std" in points else np.full(len(points), np.nan)
+            steps, mean, std = (
+                np.asarray(column, dtype=float) for column in (points["env_steps"], points["return_mean"], std)
+            )
+            curves.append(Curve(NAMES[str(algorithm)], steps, mean, std, file))
+    return curves
+
+
+def max_return(task: str) -> float | None:
+    """
+    :param task: environment id
+    :return: the highest return there is, or None where it is unknown
+    """
+    return next((value for prefix, value in MAX_RETURN.items() if task.startswith(prefix)), None)
+
+
+def interquartile_mean(scores: Sequence[np.ndarray], seed: int = 0) -> tuple[float, float, float]:
+    """
+    Interquartile mean over all runs, with a bootstrap interval that draws seeds anew within every task.
+
+    :param scores: of every task, its runs' scores ``[n_seeds]``
+    :param seed: of the bootstrap
+    :return: the mean, and the interval's ends; these are NaN where a task has a single run
+    """
+
+    def iqm(*tasks: np.ndarray) -> float:
+        return float(stats.trim_mean(np.concatenate(tasks), 0.25))
+
+    if any(len(task) < 2 for task in scores):
+        return iqm(*scores), np.nan, np.nan
+    result = stats.bootstrap(
+        tuple(scores), iqm, vectorized=False, confidence_level=LEVEL, method="percentile", n_resamples=2000, rng=seed
+    )
+    return iqm(*scores), float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def last_rows(table: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """
+    :param table: rows of a benchmark
+    :return: by task and variant, each run's evaluation at the last step that all of its seeds reached
+    """
+    runs: dict[tuple[str, str], dict[int, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
+    for row in table:
+        runs[row.task, row.variant][row.seed][row.agent_steps] = row
+    result = {}
+    for key, seeds in runs.items():
+        common = set.intersection(*(set(steps) for steps in seeds.values()))
+        if common:
+            result[key] = [steps[max(common)] for _, steps in sorted(seeds.items())]
+    return result
+
+
+def write(paths: Sequence[Path], output: Path) -> list[str]:
+    """
+    Write ``output`` and, beside it, a curve per task as PNG.
+
+    :param paths: CSVs of benchmarks
+    :param output: the Markdown page
+    :return: what was wrong with lines of the CSVs, which were skipped
+    :raises ValueError: for a file that is no benchmark CSV, or if there is no row at all
+    """
+    table: list[Row] = []
+    problems: list[str] = []
+    for path in paths:
+        found, wrong = rows.read(path)
+        table += found
+        problems += wrong
+    if not table:
+        raise ValueError(f"no evaluation in {', '.join(map(str, paths))}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    last = last_rows(table)
+    tasks = list(dict.fromkeys(task for task, _ in last))
+    lines = ["# Results", "", "Last evaluation that all seeds of a row reached; mean and standard deviation over seeds.", ""]
+    lines += ["| task | variant | agent steps | env steps | seeds | planner | policy prior | each seed's planner |"]
+    lines += ["|---|---|--:|--:|--:|--:|--:|---|"]
+    for (task, variant), runs in last.items():
+        planner, prior = (np.array([getattr(row, name) for row in runs]) for name in ("planner_return", "prior_return"))
+        each = ", ".join(f"{value:.0f}" for value in planner)
+        lines.append(
+            f"| {task} | {variant} | {runs[0].agent_steps:,} | {runs[0].env_steps:,} | {len(runs)} "
+            f"| {planner.mean():.1f} ± {planner.std():.1f} | {prior.mean():.1f} ± {prior.std():.1f} | {each} |"
+        )
+    lines += _beside_published(last)
+    lines += _aggregates(last)
+    lines += ["", "## Curves", ""]
+    for task in tasks:
+        image = output.parent / f"{output.stem}-{task.replace('/', '-')}.png"
+        plot(task, [row for row in table if row.task == task], image)
+        lines.append(f"![{task}]({image.name})")
+    revisions = sorted({row.revision for row in table})
+    lines += ["", f"Revisions: {', '.join(revisions)}. Versions: {'; '.join(sorted({row.versions for row in table}))}."]
+    output.write_text("\n".join(lines) + "\n")
+    return problems
+
+
+def _beside_published(last: dict[tuple[str, str], list[Row]]) -> list[str]:
+    tasks = [task for task, variant in last if variant == "release" and published_curves(task)]
+    if not tasks:
+        return []
+    names = [name for name in NAMES.values() if any(c.algorithm == name for task in tasks for c in published_curves(task))]
+    lines = ["", "## Beside published means, at the same env steps", ""]
+    lines += [f"| task | env steps | ours | {' | '.join(names)} |", f"|---|--:|--:|{'--:|' * len(names)}"]
+    for task in tasks:
+        runs = last[task, "release"]
+        at = {curve.algorithm: curve.at(runs[0].env_steps) for curve in published_curves(task)}
+        cells = [f"{at[name]:.0f}" if np.isfinite(at.get(name, np.nan)) else "" for name in names]
+        ours = np.mean([row.planner_return for row in runs])
+        lines.append(f"| {task} | {runs[0].env_steps:,} | {ours:.0f} | {' | '.join(cells)} |")
+    return [*lines, "", "Published values are means over seeds, without the seeds: they are shown, not resampled."]
+
+
+def _aggregates(last: dict[tuple[str, str], list[Row]]) -> list[str]:
+    variants = list(dict.fromkeys(variant for _, variant in last))
+    lines = [
+        "",
+        "## Interquartile mean",
+        "",
+        f"Of planner returns divided by the task's maximum; {LEVEL:.0%} bootstrap interval.",
+    ]
+    lines += ["", "| variant | tasks | runs | interquartile mean | interval | mean |", "|---|--:|--:|--:|--:|--:|"]
+    n_lines = len(lines)
+    for variant in variants:
+        scores = [
+            np.array([row.planner_return / highest for row in runs])
+            for (task, other), runs in last.items()
+            if other == variant and (highest := max_return(task))
+        ]
+        if scores:
+            mean, low, high = interquartile_mean(scores)
+            n_runs = sum(len(task) for task in scores)
+            interval = f"{low:.3f} to {high:.3f}" if np.isfinite(low) else "a seed alone has none"
+            average = np.mean([task.mean() for task in scores])
+            lines.append(f"| {variant} | {len(scores)} | {n_runs} | {mean:.3f} | {interval} | {average:.3f} |")
+    return lines if len(lines) > n_lines else []
+
+
+def plot(task: str, table: Sequence[Row], path: Path) -> None:
+    """
+    Draw our curves over the published ones, on one axis of env steps.
+
+    :param task: environment id
+    :param table: its rows
+    :param path: the PNG
+    """
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    furthest = max(row.env_steps for row in table)
+    for curve in published_curves(task):
+        near = curve.env_steps <= max(2 * furthest, curve.env_steps[min(1, len(curve.env_steps) - 1)])
+        (line,) = axes.plot(curve.env_steps[near], curve.mean[near], "--", linewidth=1, label=curve.algorithm)
+        if np.isfinite(curve.std).any():
+            low, high = (curve.mean[near] + sign * curve.std[near] for sign in (-1, 1))
+            axes.fill_between(curve.env_steps[near], low, high, alpha=0.08, color=line.get_color())
+    for variant in dict.fromkeys(row.variant for row in table):
+        frame = pd.DataFrame([row for row in table if row.variant == variant], columns=list(Row._fields))
+        by_step = frame.groupby("env_steps")["planner_return"]
+        mean, low, high = by_step.mean(), by_step.min(), by_step.max()
+        n_seeds = frame["seed"].nunique()
+        (line,) = axes.plot(mean.index, mean, "o-", label=f"ours, {variant} ({n_seeds} seed{'s' * (n_seeds > 1)}, range)")
+        axes.fill_between(mean.index, low, high, alpha=0.2, color=line.get_color())
+    axes.set(xlabel="env steps", ylabel="return", title=task)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,173 @@
+"""One run of a benchmark, which goes on where it was interrupted, and a grid of them side by side."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch as th
+
+from sb3_boom import BOOM, zoo
+from sb3_boom.benchmark import rows
+from sb3_boom.benchmark.rows import EvaluationLog
+
+SUITES: dict[str, tuple[str, ...]] = {
+    "dmc6": tuple(
+        f"dm_control/{task}-v0"
+        for task in ("cartpole-swingup", "pendulum-swingup", "ball_in_cup-catch", "reacher-easy", "finger-spin", "cheetah-run")
+    ),
+    "dmc-hard": tuple(
+        f"dm_control/{task}-v0"
+        for task in ("humanoid-stand", "humanoid-walk", "humanoid-run", "dog-stand", "dog-walk", "dog-trot", "dog-run")
+    ),
+    "h1hand": tuple(f"h1hand-{task}-v0" for task in ("stand", "walk", "run", "sit_simple", "slide", "pole", "hurdle")),
+}
+# variant: settings that differ from the file's; a function gets the number of action dimensions
+VARIANTS: dict[str, dict[str, Any]] = {
+    "release": {},
+    "forward_kl": {"alignment": "forward_kl"},
+    "reverse_kl": {"alignment": "reverse_kl"},
+    "none": {"alignment": "none"},
+    "uniform": {"align_weighting": "uniform"},
+    "coef_A/1000": {"align_coef": lambda action_dim: action_dim / 1000},
+    "coef_A/50": {"align_coef": lambda action_dim: action_dim / 50},
+}
+
+
+def train_one(
+    task: str,
+    variant: str,
+    seed: int,
+    steps: int,
+    eval_freq: int,
+    csv: Path,
+    folder: Path,
+    hyperparams: Path,
+    n_eval_episodes: int = 10,
+    overrides: dict[str, Any] | None = None,
+) -> None:
+    """
+    Train until ``steps``, evaluating every ``eval_freq``; go on from the last checkpoint where there is one.
+
+    :param task: environment id
+    :param variant: a key of :data:`VARIANTS`
+    :param seed: of the run
+    :param steps: agent steps
+    :param eval_freq: agent steps between evaluations
+    :param csv: where rows are appended
+    :param folder: where the run keeps its checkpoint
+    :param hyperparams: hyperparameter file
+    :param n_eval_episodes: episodes of an evaluation, for planner and policy prior each
+    :param overrides: settings instead of the file's, the same for the whole grid
+    """
+    zoo.register()
+    entry = zoo.entry(hyperparams, task) | (overrides or {})
+    settings = zoo.settings_of_the_model(entry)
+    env = zoo.make_env(task, entry, seed, entry.get("n_envs", 1))
+    eval_env = zoo.make_env(task, entry, seed + 1000, n_eval_episodes)
+    (action_dim,) = env.action_space.shape  # type: ignore[misc]
+    for name, value in VARIANTS[variant].items():
+        settings[name] = value(action_dim) if callable(value) else value
+    settings["buffer_size"] = min(settings.get("buffer_size", 1_000_000), steps)  # it never holds more
+
+    checkpoint = folder / "checkpoint"
+    if checkpoint.exists():
+        model = BOOM.load(checkpoint / "model", env=env)
+        model.load_replay_buffer(checkpoint / "replay_buffer")
+        wall_s = float((checkpoint / "wall_s").read_text())
+        print(f"{task} {variant} seed {seed}: goes on from {model.num_timesteps} steps", flush=True)
+    else:
+        model = BOOM(env=env, seed=seed, **settings)
+        wall_s = 0.0
+    log = EvaluationLog(eval_env, csv, (task, variant, seed), n_eval_episodes, eval_freq=0, wall_s=wall_s)
+    while model.num_timesteps < steps:
+        until = min((model.num_timesteps // eval_freq + 1) * eval_freq, steps)
+        model.learn(until - model.num_timesteps, callback=log, reset_num_timesteps=False)
+        log.evaluate()  # first the row, then the checkpoint: a row that is there already is not written twice
+        _save(model, log.wall_s, checkpoint)
+    (folder / "done").touch()
+
+
+def _save(model: BOOM, wall_s: float, checkpoint: Path) -> None:
+    """Replace the checkpoint in one step. :param model: what to save :param wall_s: with it :param checkpoint: where to"""
+    fresh, old = (checkpoint.with_name(f"checkpoint-{name}") for name in ("new", "old"))
+    for folder in (fresh, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    model.save(fresh / "model")
+    model.save_replay_buffer(fresh / "replay_buffer")
+    (fresh / "wall_s").write_text(f"{wall_s:.2f}")
+    if checkpoint.exists():
+        checkpoint.rename(old)
+    fresh.rename(checkpoint)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def run_folder(folder: Path, task: str, variant: str, seed: int) -> Path:
+    """
+    :param folder: of the benchmark
+    :param task: environment id
+    :param variant: a key of :data:`VARIANTS`
+    :param seed: of the run
+    :return: the run's own folder
+    """
+    return folder / f"{task.replace('/', '-')}_{variant.replace('/', '-')}_{seed}"
+
+
+def run_grid(
+    tasks: Sequence[str],
+    variants: Sequence[str],
+    seeds: Iterable[int],
+    steps: int,
+    jobs: int,
+    csv: Path,
+    folder: Path,
+    arguments: Sequence[str],
+) -> int:
+    """
+    Train a grid, ``jobs`` runs side by side, each in a process of its own; those that are done are left out.
+
+    :param tasks: environment ids
+    :param variants: keys of :data:`VARIANTS`
+    :param seeds: of the runs
+    :param steps: agent steps of a run
+    :param jobs: runs side by side, which share the cores
+    :param csv: where rows are appended
+    :param folder: of the benchmark
+    :param arguments: further ones for each run's command
+    :return: number of runs that failed
+    """
+    done = {row.run for row in rows.read(csv)[0] if row.agent_steps >= steps} if csv.exists() else set()
+    grid = [(task, variant, seed) for seed in seeds for task in tasks for variant in variants]
+    todo = [run for run in grid if run not in done]
+    print(f"{len(grid)} runs, {len(grid) - len(todo)} of them done, {jobs} side by side", flush=True)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+
+    def start(run: tuple[str, str, int]) -> bool:
+        task, variant, seed = run
+        own = run_folder(folder, *run)
+        own.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "sb3_boom", "benchmark", "one", "--task", task, "--variant", variant]
+        command += ["--seed", str(seed), "--steps", str(steps), "--csv", str(csv), "--folder", str(folder), *arguments]
+        begin = time.monotonic()
+        with (own / "log.txt").open("a") as log:
+            environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
+            status = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+        what = "done" if status == 0 else f"FAILED with status {status}, see {own / 'log.txt'}"
+        print(f"{task} {variant} seed {seed}: {what} after {time.monotonic() - begin:.0f} s", flush=True)
+        return status == 0
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return sum(not ok for ok in pool.map(start, todo))
+
+
+def set_threads() -> None:
+    """Take the number of threads that :func:`run_grid` gave this process."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdigit():
+        th.set_num_threads(int(threads))
