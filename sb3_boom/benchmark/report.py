@@ -14,7 +14,7 @@ from sb3_boom.benchmark import rows
 from sb3_boom.benchmark.rows import Row
 
 PUBLISHED = Path(__file__).parent / "published"
-# file: columns as they are called here
+# in the order in which they are believed
 SOURCES = {
     "boom_paper_curves.csv": "BOOM's authors",
     "tdmpc2_dmc_hard_4M.csv": "TD-MPC2's authors",
@@ -72,22 +72,23 @@ def published_name(task: str) -> str:
 def published_curves(task: str) -> list[Curve]:
     """
     :param task: environment id
-    :return: the published curves of this task
+    :return: the published curves of this task, one an algorithm: from the first of :data:`SOURCES` that has it
     """
-    curves = []
+    curves: dict[str, Curve] = {}
     for file in SOURCES:
         table = pd.read_csv(PUBLISHED / file)
         table = table[table["task"] == published_name(task)]
         for algorithm, points in table.groupby("algorithm"):
             if file == "boom_paper_curves.csv" and algorithm == "tdmpc2" and task.startswith("dm_control/"):
                 continue  # drawn on the wrong axis there; the next file has them
+            name = NAMES[str(algorithm)]
             points = points.sort_values("env_steps")
             std = points["return_std"] if "return_std" in points else np.full(len(points), np.nan)
             steps, mean, std = (
                 np.asarray(column, dtype=float) for column in (points["env_steps"], points["return_mean"], std)
             )
-            curves.append(Curve(NAMES[str(algorithm)], steps, mean, std, file))
-    return curves
+            curves.setdefault(name, Curve(name, steps, mean, std, file))
+    return list(curves.values())
 
 
 def max_return(task: str) -> float | None:

@@ -1,0 +1,233 @@
+"""Grids that go on where they were interrupted, CSVs that stay whole, and the report."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sb3_boom import cli, zoo
+from sb3_boom.benchmark import report, rows, runner
+from sb3_boom.benchmark.rows import Row
+
+ROW = Row("Pendulum-v1", "release", 0, 10, 10, -1200.5, -1300.25, 3.0, "abc", "python 3")
+SMALL = dict(
+    planner_kwargs=dict(n_samples=8, n_elites=2, n_policy_samples=1, n_iterations=1),
+    policy_kwargs=dict(model_size="tiny", mlp_dim=16, enc_dim=16, latent_dim=8, n_critics=2),
+)
+OTHERS = dict(learning_starts=20, pretrain_steps=2, compile=False, n_envs=1, gradient_steps=1, batch_size=8)
+QUICK = ["-params", *(f"{name}:{value!r}" for name, value in {**SMALL, **OTHERS}.items())]
+RUN = ["benchmark", "run", "--cpu", "--tasks", "Pendulum-v1", "--eval-episodes", "1", "--csv", "results.csv"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(argparse.ArgumentParser, "error", argparse.ArgumentParser.error)  # the command changes it
+
+
+def command(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["sb3-boom", *arguments])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def table() -> list[Row]:
+    found, problems = rows.read(Path("results.csv"))
+    assert not problems
+    return found
+
+
+# ---------------------------------------------------------------- the CSV
+
+
+def test_rows_come_back_and_none_is_written_twice():
+    path = Path("results.csv")
+    rows.append(path, [ROW, ROW._replace(seed=1)])
+    rows.append(path, [ROW._replace(planner_return=0.0), ROW._replace(agent_steps=20)])
+    assert table() == [ROW, ROW._replace(seed=1), ROW._replace(agent_steps=20)]
+    assert path.read_text().splitlines()[0] == (
+        "task,variant,seed,agent_steps,env_steps,planner_return,prior_return,wall_s,revision,versions"
+    )
+
+
+def test_several_writers_share_a_file():
+    path = Path("results.csv")
+
+    def write(seed: int) -> None:
+        for step in range(10):
+            rows.append(path, [ROW._replace(seed=seed, agent_steps=step)])
+
+    threads = [threading.Thread(target=write, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {(row.seed, row.agent_steps) for row in table()} == {(seed, step) for seed in range(4) for step in range(10)}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("Pendulum-v1,release,0", "agent_steps is missing"),
+        ("Pendulum-v1,release,zero,10,10,1.0,1.0,1.0,abc,v", "seed is 'zero'"),
+        ("Pendulum-v1,release,0,30,30,nan,1.0,1.0,abc,v", "planner_return is 'nan'"),
+        ("Pendulum-v1,release,0,30,30,1.0,1.0,1.0,abc,v,more", "too many columns"),
+    ],
+)
+def test_corrupt_rows_are_named_and_skipped(line, reason, monkeypatch, capsys):
+    path = Path("results.csv")
+    rows.append(path, [ROW])
+    with path.open("a") as file:
+        file.write(line)  # cut off, without its line's end
+    rows.append(path, [ROW._replace(agent_steps=20)])
+    found, problems = rows.read(path)
+    assert found == [ROW, ROW._replace(agent_steps=20)]
+    assert len(problems) == 1 and problems[0].startswith("results.csv:3: ") and reason in problems[0]
+    assert command(monkeypatch, "benchmark", "report", "results.csv", "--out", "page.md") == 1
+    assert "results.csv:3" in capsys.readouterr().err
+    assert "-1200.5" in Path("page.md").read_text()
+
+
+def test_a_full_disk_leaves_earlier_rows_intact(monkeypatch):
+    path = Path("results.csv")
+    rows.append(path, [ROW])
+    before = path.read_bytes()
+    write = os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        if len(data) < 20:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, data[:-10])
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        rows.append(path, [ROW._replace(agent_steps=20)])
+    assert path.read_bytes() == before
+
+
+def test_another_csv_is_refused(monkeypatch, capsys):
+    Path("other.csv").write_text("a,b\n1,2\n")
+    assert command(monkeypatch, "benchmark", "report", "other.csv") == 1
+    assert "other.csv is no benchmark CSV" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the grid
+
+
+def test_grid_runs_once_and_takes_up_what_failed(monkeypatch, capsys):
+    run = [*RUN, "--seeds", "0", "1", "--steps", "40", "--eval-freq", "20", "--jobs", "2", *QUICK]
+    assert command(monkeypatch, *run) == 0
+    first = table()
+    assert sorted((row.seed, row.agent_steps, row.env_steps) for row in first) == [
+        (0, 20, 20), (0, 40, 40), (1, 20, 20), (1, 40, 40),
+    ]  # fmt: skip
+    assert "2 runs, 0 of them done" in capsys.readouterr().out
+    assert command(monkeypatch, *run) == 0
+    assert "2 runs, 2 of them done" in capsys.readouterr().out
+    assert table() == first
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_without_losing_or_doubling_rows(monkeypatch):
+    one = ["benchmark", "one", "--cpu", "--task", "Pendulum-v1", "--eval-freq", "20", "--steps", "100"]
+    one += ["--eval-episodes", "1", "--csv", "results.csv", *QUICK]
+    process = subprocess.Popen([sys.executable, "-m", "sb3_boom", *one], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = runner.run_folder(Path("logs/benchmark"), "Pendulum-v1", "release", 0)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = table()
+    assert 1 <= len(before) < 5
+    saved = []
+    load = runner.BOOM.load
+    monkeypatch.setattr(runner.BOOM, "load", lambda *args, **kwargs: saved.append(load(*args, **kwargs)) or saved[0])
+    assert command(monkeypatch, *one) == 0
+    assert len(saved) == 1 and saved[0].replay_buffer.size() == 100 and saved[0].num_timesteps == 100
+    after = table()
+    assert after[: len(before)] == before
+    assert [row.agent_steps for row in after] == [20, 40, 60, 80, 100]
+    assert np.all(np.diff([row.wall_s for row in after]) > 0)
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(monkeypatch, capsys):
+    run = [*RUN, "--steps", "20", "--eval-freq", "20", "--seeds", "0", *QUICK, "horizon:0"]
+    assert command(monkeypatch, *run) == 1
+    output = capsys.readouterr()
+    assert "FAILED" in output.out and "1 runs failed" in output.err
+    assert command(monkeypatch, *run[:-1]) == 0
+    assert len(table()) == 1
+
+
+@pytest.mark.parametrize("variant", runner.VARIANTS)
+def test_variants_are_settings_of_the_model(variant, monkeypatch):
+    made = []
+    init = runner.BOOM.__init__
+    monkeypatch.setattr(runner.BOOM, "__init__", lambda self, **kwargs: made.append(kwargs) or init(self, **kwargs))
+    file, overrides = zoo.hyperparams_file(True), {**SMALL, **OTHERS}
+    runner.train_one("Pendulum-v1", variant, 0, 30, 30, Path("results.csv"), Path("run"), file, 1, overrides)
+    assert [row.run for row in table()] == [("Pendulum-v1", variant, 0)]
+    for name, value in runner.VARIANTS[variant].items():
+        assert made[0][name] == (value(1) if callable(value) else value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--steps", "10"], "no task"),
+        (["run", "--steps", "10", "--tasks", "Pendulum-v9"], "Pendulum"),
+        (["run", "--steps", "10", "--suite", "none"], "invalid choice"),
+        (["report", "missing.csv"], "missing.csv"),
+    ],
+)
+def test_user_errors_are_one_line(arguments, message, monkeypatch, capsys):
+    assert command(monkeypatch, "benchmark", *arguments) != 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "Warning" not in line and not line.startswith("  ")]
+    assert len(lines) == 1 and message in lines[0]
+
+
+# ---------------------------------------------------------------- the report
+
+
+def test_report_stands_beside_published_results():
+    task = "dm_control/cartpole-swingup-v0"
+    for seed, value in enumerate((800.0, 850.0, 900.0)):
+        for step in (10_000, 50_000):
+            rows.append(Path("results.csv"), [ROW._replace(
+                task=task, seed=seed, agent_steps=step, env_steps=2 * step, planner_return=value * step / 50_000
+            )])  # fmt: skip
+    rows.append(Path("results.csv"), [ROW._replace(task=task, seed=0, agent_steps=60_000, env_steps=120_000)])
+    assert report.write([Path("results.csv")], Path("docs/page.md")) == []
+    page = Path("docs/page.md").read_text()
+    assert f"| {task} | release | 50,000 | 100,000 | 3 | 850.0 ± 40.8 |" in page  # the step that all seeds reached
+    assert "| 850 | 839 | 864 | 770 |" in page  # at the same env steps: TD-MPC2, its rerun, BMPC
+    assert "| release | 1 | 3 | 0.850 | 0.800 to 0.900 | 0.850 |" in page
+    assert Path("docs/page-dm_control-cartpole-swingup-v0.png").stat().st_size > 10_000
+
+
+def test_published_curves_are_found_for_every_task_of_the_suites():
+    for suite in runner.SUITES.values():
+        for task in suite:
+            assert len(report.published_curves(task)) >= 3, task
+    dog = {(curve.algorithm, curve.source) for curve in report.published_curves("dm_control/dog-run-v0")}
+    assert ("BOOM (paper)", "boom_paper_curves.csv") in dog
+    assert [source for name, source in dog if name == "TD-MPC2"] == ["tdmpc2_dmc_hard_4M.csv"]
+
+
+def test_interquartile_mean_leaves_out_the_extremes_and_its_interval_covers_it():
+    scores = [np.array([0.0, 0.5, 0.6, 1.0]), np.array([0.4, 0.5, 0.7, 0.9])]
+    mean, low, high = report.interquartile_mean(scores)
+    assert mean == pytest.approx(np.mean([0.5, 0.5, 0.6, 0.7]))
+    assert low < mean < high
+    assert report.interquartile_mean(scores) == (mean, low, high)
+    assert np.isnan(report.interquartile_mean([np.array([0.5])])[1])
