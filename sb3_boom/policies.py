@@ -1,5 +1,6 @@
 """Policies for BOOM: world model, policy, critics and planner in one SB3 policy."""
 
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -162,6 +163,10 @@ class BOOMPolicy(BasePolicy):
         self.encoder_lr_scale = encoder_lr_scale
         self.planner_config = make_planner_config(planner, planner_kwargs, self.action_dim, horizon, gamma)
         self.features_extractor = self.make_features_extractor()
+        for module in self.features_extractor.modules():
+            if isinstance(module, NatureCNN):
+                # as SB3's on-policy policies: torch's own start makes almost the same features of all dark images
+                module.apply(functools.partial(self.init_weights, gain=np.sqrt(2)))
         self.world_model = WorldModel(
             self.features_extractor.features_dim,
             self.action_dim,

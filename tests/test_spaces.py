@@ -109,6 +109,20 @@ def test_images(channel_first, size, tmp_path):
     assert stored.dtype == th.uint8 and stored.shape[2:] == (3, size, size)
 
 
+@pytest.mark.parametrize("policy", ["CnnPolicy", "MultiInputPolicy"])
+def test_features_of_dark_images_differ_from_the_start(policy):
+    """Else the latents' consistency pulls them all to one point before anything is seen."""
+    space = spaces.Box(0, 255, (3, 64, 64), np.uint8)
+    images = np.zeros((16, 3, 64, 64), np.uint8)
+    for i, image in enumerate(images):
+        image[:, 20:40, 3 * i : 3 * i + 4] = 60  # a dim bar, elsewhere in every image
+    env = AnySpaceEnv(space if policy == "CnnPolicy" else spaces.Dict({"a": space}))
+    model = BOOM(policy, env, **SMALL_IMAGES)
+    obs, _ = model.policy.obs_to_tensor(images if policy == "CnnPolicy" else {"a": images})
+    features = model.policy.features(obs)
+    assert features.std(dim=0).mean() > 0.5 * features.abs().mean()
+
+
 def test_images_are_shifted_while_learning_only(monkeypatch):
     shifted = []
     monkeypatch.setattr("sb3_boom.policies.random_shift", lambda images, by: shifted.append((len(images), by)) or images)
