@@ -34,13 +34,18 @@ format: .venv/.installed
 	$(BIN)/black --quiet $(SOURCES)
 
 # The learning curves under benchmarks/results: three seeds, one thread each, two at a time
-EVIDENCE := --no-progress --threads 1 --eval-envs 10
+define curves
+	printf '%s\n' 0 1 2 | xargs -P 2 -I{} $(BIN)/python scripts/train.py --no-progress --threads 1 --eval-envs 10 \
+		--seed {} --csv benchmarks/results/$(1).csv $(2)
+endef
 evidence: .venv/.installed
 	mkdir -p logs benchmarks/results
-	printf '%s\n' 0 1 2 | xargs -P 2 -I{} $(BIN)/python scripts/train.py $(EVIDENCE) --seed {} \
-		--env InvertedPendulum-v5 --steps 10000 --eval-freq 2500 --csv benchmarks/results/inverted-pendulum.csv
-	printf '%s\n' 0 1 2 | xargs -P 2 -I{} $(BIN)/python scripts/train.py $(EVIDENCE) --seed {} \
-		--env dm_control/cartpole-swingup-v0 --steps 50000 --eval-freq 10000 --csv benchmarks/results/cartpole-swingup.csv
+	$(call curves,inverted-pendulum,--env InvertedPendulum-v5 --steps 10000 --eval-freq 2500)
+	$(call curves,inverted-pendulum,--env InvertedPendulum-v5 --steps 12000 --eval-freq 4000 -params n_envs:4 gradient_steps:-1)
+	$(call curves,inverted-double-pendulum,--env InvertedDoublePendulum-v5 --eval-freq 10000)
+	$(call curves,hopper,--env Hopper-v5 --eval-freq 10000)
+	$(call curves,hopper,--env Hopper-v5 --eval-freq 10000 -params handle_terminations:False)
+	$(call curves,cartpole-swingup,--env dm_control/cartpole-swingup-v0 --eval-freq 10000)
 
 clean:
 	rm -rf .venv logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
