@@ -85,6 +85,7 @@ class BOOM(OffPolicyAlgorithm):
     :param align_coef: weight of the alignment. Default "auto": A/1000 for 24 <= A <= 48 action dimensions, else A/50
     :param align_weighting: "softmax" (soft value weights, default) or "uniform" over the batch
     :param align_temperature: ``τ_w``, temperature of the soft value weights; lower favours high values more
+    :param align_warmup: imitate the random actions of warm-up too, as the release does; False: only what was planned
     :param planner: "mppi" or "cem"
     :param planner_kwargs: what a plan costs: ``n_samples`` (512), ``n_elites`` (64), ``n_policy_samples`` (24),
         ``n_iterations`` ("auto": 6, or 8 for A >= 20), ``temperature`` (0.5), ``min_std`` (0.05), ``max_std`` (2)
@@ -146,6 +147,7 @@ class BOOM(OffPolicyAlgorithm):
         align_coef: float | Literal["auto"] = "auto",
         align_weighting: str = "softmax",
         align_temperature: float = 1.0,
+        align_warmup: bool = True,
         planner: str = "mppi",
         planner_kwargs: dict[str, Any] | None = None,
         compile: bool | Literal["auto"] = "auto",
@@ -200,6 +202,7 @@ class BOOM(OffPolicyAlgorithm):
         self.align_coef: Any = align_coef
         self.align_weighting = align_weighting
         self.align_temperature = align_temperature
+        self.align_warmup = align_warmup
         self.planner = planner
         self.planner_kwargs = planner_kwargs
         self.compile = compile
@@ -376,6 +379,7 @@ class BOOM(OffPolicyAlgorithm):
             align_coef=self.align_coef,
             align_weighting="uniform" if drawn_by_value else self.align_weighting,
             align_temperature=self.align_temperature,
+            align_warmup=self.align_warmup,
             tau=self.tau,
         )
 

@@ -8,7 +8,8 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
-WARMUP_STD = float(np.exp(2.0))  # std stored with actions that no planner made: the policy's widest
+from sb3_boom.losses import WARMUP_STD
+
 SAMPLINGS = ("uniform", "episode")
 
 TensorObs: TypeAlias = th.Tensor | dict[str, th.Tensor]

@@ -6,6 +6,7 @@ Pure functions of networks, data and noise (torch only). Shapes: ``B`` batch, ``
 sums over the batch are divided by the constant ``B``, so that every transition keeps its weight.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ ALIGNMENTS = ("release", "forward_kl", "reverse_kl", "none")
 ALIGN_WEIGHTINGS = ("softmax", "uniform")
 MIN_ALIGN_STD = 0.05  # floor of the stds inside the alignment terms
 GATE_SCALE = 2.0  # the release aligns only once the Q scale is above this
+WARMUP_STD = math.exp(2.0)  # std stored with actions that no planner made: the policy's widest
 ATANH_CLAMP = 0.999  # atanh is infinite at ±1, where clamped plans often lie
 
 
@@ -39,6 +41,7 @@ class LossConfig:
     :param align_coef: of the alignment term
     :param align_weighting: one of :data:`ALIGN_WEIGHTINGS`
     :param align_temperature: ``τ_w`` of the soft value weights
+    :param align_warmup: whether actions that no planner made are imitated too
     :param tau: Polyak factor, here for the Q scale
     """
 
@@ -53,6 +56,7 @@ class LossConfig:
     align_coef: float
     align_weighting: str
     align_temperature: float
+    align_warmup: bool
     tau: float
 
 
@@ -361,8 +365,9 @@ def policy_loss(
     likelihood = alignment_likelihood(
         config.alignment, mean, log_std, noise.policy_action, planner_actions, planner_stds, scale
     )
-    batch_weights = value_weights(q, valid, config.align_weighting, config.align_temperature)
-    align_term = -(weights * batch_weights * th.where(valid, likelihood, 0.0)).sum()
+    imitated = valid if config.align_warmup else valid & (planner_stds[..., :1] < 0.99 * WARMUP_STD)
+    batch_weights = value_weights(q, imitated, config.align_weighting, config.align_temperature)
+    align_term = -(weights * batch_weights * th.where(imitated, likelihood, 0.0)).sum()
     loss = value_term + config.align_coef * align_term
     if config.alignment == "release":
         align_active = (scale > GATE_SCALE).float()

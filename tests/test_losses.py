@@ -16,7 +16,7 @@ from sb3_boom.world_model import WorldModel
 H, B, A, L, F = 3, 8, 2, 16, 5
 CONFIG = LossConfig(
     gamma=0.9, rho=0.5, consistency_coef=20.0, reward_coef=0.1, value_coef=0.1, termination_coef=1.0, ent_coef=1e-4,
-    alignment="release", align_coef=0.04, align_weighting="softmax", align_temperature=1.0, tau=0.01,
+    alignment="release", align_coef=0.04, align_weighting="softmax", align_temperature=1.0, align_warmup=True, tau=0.01,
 )  # fmt: skip
 
 
@@ -286,3 +286,23 @@ def test_no_alignment_is_no_alignment():
     _, loss, terms, _ = both_losses(networks, batch, planner, noise, config=replace(CONFIG, alignment="none"))
     th.testing.assert_close(loss.detach(), terms["policy_value_loss"])
     assert terms["align_active"] == 0.0
+
+
+@pytest.mark.parametrize("weighting", losses.ALIGN_WEIGHTINGS)
+def test_warmup_actions_are_imitated_or_left_out(weighting):
+    """Left out, they change nothing; without any others there is nothing to imitate."""
+    networks, noise = make_networks(), make_noise()
+    batch, planner = make_batch()
+    planner["planner_stds"][:, ::2] = losses.WARMUP_STD
+    config = replace(CONFIG, alignment="forward_kl", align_weighting=weighting)
+
+    def align_loss(planner, **settings):
+        _, _, terms, _ = both_losses(networks, batch, planner, noise, config=replace(config, **settings))
+        return terms["align_loss"].item()
+
+    moved = dict(planner, planner_actions=planner["planner_actions"].clone())
+    moved["planner_actions"][:, ::2] *= -0.5
+    assert align_loss(moved) != align_loss(planner)
+    assert align_loss(moved, align_warmup=False) == align_loss(planner, align_warmup=False) != 0.0
+    warmup = dict(planner, planner_stds=th.full_like(planner["planner_stds"], losses.WARMUP_STD))
+    assert align_loss(warmup, align_warmup=False) == 0.0

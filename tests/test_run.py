@@ -16,7 +16,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
-from sb3_boom import BOOM, buffers
+from sb3_boom import BOOM, losses
 from sb3_boom.callbacks import PlannerPriorEvalCallback
 from sb3_boom.episode_length import episode_length
 
@@ -98,7 +98,7 @@ def test_warmup_and_pretraining_happen_once_per_model():
     model.learn(30)
     assert model._n_updates == 7 + 11  # after steps 20 to 30
     stored_std = model.replay_buffer._storage["steps"][:, 0, 2]
-    assert (stored_std[:20] == buffers.WARMUP_STD).all()
+    assert (stored_std[:20] == losses.WARMUP_STD).all()
     assert (stored_std[20:30] <= 2.0).all()
     for reset_num_timesteps in (True, False):
         before = model._n_updates

@@ -54,7 +54,6 @@ def benchmark(arguments: list[str], cpu: bool) -> None:
     hyperparams = args.conf_file or zoo.hyperparams_file(cpu)
     zoo.register()
     if args.command == "one":
-        runner.set_threads()
         folder = runner.run_folder(args.folder, args.task, args.variant, args.seed)
         runner.train_one(
             args.task, args.variant, args.seed, args.steps, args.eval_freq, args.csv, folder, hyperparams,

@@ -15,12 +15,7 @@ from sb3_boom.benchmark.rows import Row
 
 PUBLISHED = Path(__file__).parent / "published"
 # in the order in which they are believed
-SOURCES = {
-    "boom_paper_curves.csv": "BOOM's authors",
-    "tdmpc2_dmc_hard_4M.csv": "TD-MPC2's authors",
-    "dmc_state_1M.csv": "TD-MPC2's authors",
-    "bmpc_dmc_1M.csv": "BMPC's authors",
-}
+SOURCES = ("boom_paper_curves.csv", "tdmpc2_dmc_hard_4M.csv", "dmc_state_1M.csv", "bmpc_dmc_1M.csv")
 NAMES = {
     "boom": "BOOM (paper)",
     "tdmpc2": "TD-MPC2",

@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch as th
-
 from sb3_boom import BOOM, zoo
 from sb3_boom.benchmark import rows
 from sb3_boom.benchmark.rows import EvaluationLog
@@ -34,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reverse_kl": {"alignment": "reverse_kl"},
     "none": {"alignment": "none"},
     "uniform": {"align_weighting": "uniform"},
+    "no_warmup": {"align_warmup": False},
     "coef_A/1000": {"align_coef": lambda action_dim: action_dim / 1000},
     "coef_A/50": {"align_coef": lambda action_dim: action_dim / 50},
 }
@@ -156,7 +155,7 @@ def run_grid(
         command += ["--seed", str(seed), "--steps", str(steps), "--csv", str(csv), "--folder", str(folder), *arguments]
         begin = time.monotonic()
         with (own / "log.txt").open("a") as log:
-            environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
+            environment = dict(os.environ, OMP_NUM_THREADS=str(threads))  # torch's number of threads, too
             status = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
         what = "done" if status == 0 else f"FAILED with status {status}, see {own / 'log.txt'}"
         print(f"{task} {variant} seed {seed}: {what} after {time.monotonic() - begin:.0f} s", flush=True)
@@ -164,10 +163,3 @@ def run_grid(
 
     with ThreadPoolExecutor(jobs) as pool:
         return sum(not ok for ok in pool.map(start, todo))
-
-
-def set_threads() -> None:
-    """Take the number of threads that :func:`run_grid` gave this process."""
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    if threads.isdigit():
-        th.set_num_threads(int(threads))
