@@ -27,7 +27,7 @@ from sb3_boom.checks import (
     warn_if_slow,
     worker_deaths_named,
 )
-from sb3_boom.compilation import keep_freed_memory, subnormals_flushed
+from sb3_boom.compilation import compiled, keep_freed_memory, subnormals_flushed
 from sb3_boom.episode_length import episode_length
 from sb3_boom.losses import LossConfig
 from sb3_boom.meters import Meters
@@ -342,6 +342,8 @@ class BOOM(OffPolicyAlgorithm):
         :param batch_size: sub-trajectories per update
         """
         assert self.replay_buffer is not None
+        if self._n_updates == 0 and self.verbose >= 1 and self.policy.compiler is compiled:
+            print("Compiling losses and planner: up to two minutes the first time, seconds from the cache later")
         start = time.perf_counter()
         self.policy.set_training_mode(True)
         self._update_learning_rate([self.policy.model_optimizer, self.policy.actor_optimizer])

@@ -118,3 +118,12 @@ def test_nothing_is_compiled_again(models):
     assert first > before
     model.predict(observations(3), deterministic=True)
     assert n_graphs() == first
+
+
+def test_waiting_for_the_compiler_is_announced_once(capsys):
+    model = BOOM("MlpPolicy", "Pendulum-v1", **dict(TINY, compile=True, verbose=1, learning_starts=5, pretrain_steps=1))
+    model.learn(8)
+    assert capsys.readouterr().out.count("Compiling") == 1
+    eager = BOOM("MlpPolicy", "Pendulum-v1", **dict(TINY, verbose=1, learning_starts=5, pretrain_steps=1))
+    eager.learn(8)
+    assert "Compiling" not in capsys.readouterr().out
