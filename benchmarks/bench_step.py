@@ -3,12 +3,16 @@ What a step costs: plan, update, buffer and loop, and how far plan and update ar
 
     python benchmarks/bench_step.py
     python benchmarks/bench_step.py --sizes tiny 5M --n-envs 1 16 --json benchmarks/results/step.json
+    python benchmarks/bench_step.py --scaling --json benchmarks/results/scaling.json
+
+With --scaling every row differs from the first in one setting.
 
 The floor of a plan or an update is the time of its matrix products alone, the same shapes one after the other, as this
 package computes them. It is measured in turns with what it is compared to, and the ratio is the median of the pairs.
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -33,6 +37,16 @@ from sb3_boom.compilation import keep_freed_memory, subnormals_flushed
 PRESET = pathlib.Path(__file__).parents[1] / "zoo_hyperparams" / "boom-cpu.yml"
 # size: observation and action dimensions. tiny comes with the CPU preset's planner and batch, the others with the paper's
 PROBLEMS = {"tiny": (3, 1), "1M": (24, 6), "5M": (223, 38)}
+# what --scaling changes, one at a time: the planner's settings, the networks' sizes, and BOOM's own
+SCALING: list[tuple[str, dict[str, Any]]] = [
+    ("base", {}),
+    *((f"n_samples={n}", {"planner_kwargs": {"n_samples": n, "n_elites": n // 8}}) for n in (64, 256, 512)),
+    *((f"n_iterations={n}", {"planner_kwargs": {"n_iterations": n}}) for n in (2, 6, 8)),
+    *((f"horizon={n}", {"horizon": n}) for n in (1, 5)),
+    *((f"latent_dim={n}", {"policy_kwargs": {"latent_dim": n}}) for n in (128, 256)),
+    *((f"mlp_dim={n}", {"policy_kwargs": {"mlp_dim": n}}) for n in (64, 256)),
+    *((f"batch_size={n}", {"batch_size": n}) for n in (64, 256)),
+]
 LOOP_STEPS = 50
 
 
@@ -103,18 +117,21 @@ def median_us(function: Callable[[], object], n: int, device: th.device) -> floa
     return 1e6 * float(np.median([seconds(function, device) for _ in range(n)]))
 
 
-def make_model(size: str, n_envs: int, compile: bool, device: str) -> BOOM:
+def make_model(size: str, n_envs: int, compile: bool, device: str, changes: dict[str, Any]) -> BOOM:
     preset = yaml.safe_load(PRESET.read_text())["default"]
     settings = {key: preset[key] for key in ("batch_size", "planner_kwargs")} if size == "tiny" else {}
+    settings["policy_kwargs"] = dict(model_size=size)
+    for name, value in changes.items():
+        settings[name] = {**settings.get(name, {}), **value} if isinstance(value, dict) else value
     env = make_vec_env(lambda: RandomEnv(*PROBLEMS[size]), n_envs=n_envs)
     return BOOM(
-        "MlpPolicy", env, policy_kwargs=dict(model_size=size), learning_starts=1000, pretrain_steps=0, buffer_size=50_000,
-        compile=compile, seed=0, device=device, **settings,
+        "MlpPolicy", env, learning_starts=1000, pretrain_steps=0, buffer_size=50_000, compile=compile, seed=0, device=device,
+        **settings,
     )  # fmt: skip
 
 
-def measure(size: str, n_envs: int, args: argparse.Namespace) -> dict[str, Any]:
-    model = make_model(size, n_envs, compile=False, device=args.device)
+def measure(size: str, n_envs: int, what: str, changes: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    model = make_model(size, n_envs, compile=False, device=args.device, changes=changes)
     model.gradient_steps = 0
     model.learn(1000)  # fills the buffer, at random
     policy, buffer, device = model.policy, model.replay_buffer, model.device
@@ -134,7 +151,7 @@ def measure(size: str, n_envs: int, args: argparse.Namespace) -> dict[str, Any]:
         with MatrixProducts() as floors[name]:
             function()
     policy.compile_setting = not args.no_compile
-    row: dict[str, Any] = dict(size=size, n_envs=n_envs)
+    row: dict[str, Any] = dict(size=size, n_envs=n_envs, what=what)
     for name, function in (("plan", plan), ("update", update)):
         row[f"{name}_first_s"] = seconds(function, device)
         floor = floors[name].alone(device)
@@ -164,10 +181,18 @@ def measure(size: str, n_envs: int, args: argparse.Namespace) -> dict[str, Any]:
     return {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
 
 
+def processor() -> str:
+    """:return: the processor's name, where Linux tells it"""
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(PROBLEMS), default=["tiny"])
     parser.add_argument("--n-envs", nargs="+", type=int, default=[1])
+    parser.add_argument("--scaling", action="store_true", help="change one setting at a time")
     parser.add_argument("--calls", type=int, default=100)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="auto")
@@ -178,7 +203,7 @@ def main() -> None:
     warnings.simplefilter("ignore", DeprecationWarning)
 
     machine = dict(
-        processor=platform.processor() or platform.machine(),
+        processor=processor(),
         cores=os.cpu_count(),
         threads=args.threads,
         gpu=th.cuda.get_device_name() if th.cuda.is_available() else None,
@@ -190,14 +215,13 @@ def main() -> None:
     if machine["load_average"] > 0.5:
         print("the machine is loaded: these numbers are too high")
     rows = []
-    for size in args.sizes:
-        for n_envs in args.n_envs:
-            rows.append(measure(size, n_envs, args))
-            for name, value in rows[-1].items():
-                print(f"{name:16} {value}")
-            print(flush=True)
-            if args.json:
-                args.json.write_text(json.dumps(dict(machine=machine, rows=rows), indent=2) + "\n")
+    for size, n_envs, (what, changes) in itertools.product(args.sizes, args.n_envs, SCALING if args.scaling else SCALING[:1]):
+        rows.append(measure(size, n_envs, what, changes, args))
+        for name, value in rows[-1].items():
+            print(f"{name:16} {value}")
+        print(flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(dict(machine=machine, rows=rows), indent=2) + "\n")
 
 
 if __name__ == "__main__":
