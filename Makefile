@@ -38,11 +38,14 @@ define curves
 	printf '%s\n' 0 1 2 | xargs -P 2 -I{} $(BIN)/python scripts/train.py --no-progress --threads 1 --eval-envs 10 \
 		--seed {} --csv benchmarks/results/$(1).csv $(2)
 endef
+PIXELS := --env InvertedPendulum-v5 --hyperparams zoo_hyperparams/boom-pixels.yml
 evidence: .venv/.installed
 	mkdir -p logs benchmarks/results
 	$(call curves,inverted-pendulum,--env InvertedPendulum-v5 --steps 10000 --eval-freq 2500)
 	$(call curves,inverted-pendulum,--env InvertedPendulum-v5 --steps 12000 --eval-freq 4000 -params n_envs:4 gradient_steps:-1)
 	$(call curves,inverted-double-pendulum,--env InvertedDoublePendulum-v5 --eval-freq 10000)
+	$(call curves,inverted-pendulum-pixels,$(PIXELS) --eval-freq 2000)
+	$(call curves,inverted-pendulum-pixels,$(PIXELS) --random)
 	$(call curves,hopper,--env Hopper-v5 --eval-freq 10000)
 	$(call curves,hopper,--env Hopper-v5 --eval-freq 10000 -params handle_terminations:False)
 	$(call curves,cartpole-swingup,--env dm_control/cartpole-swingup-v0 --eval-freq 10000)

@@ -15,10 +15,13 @@ import warnings
 import numpy as np
 import torch as th
 from rl_zoo3.utils import StoreDict
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import load_results
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_boom import BOOM, zoo
-from sb3_boom.benchmark.rows import EvaluationLog
+from sb3_boom.benchmark import rows
+from sb3_boom.benchmark.rows import EvaluationLog, Row
 from sb3_boom.callbacks import PlannerPriorEvalCallback
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -37,9 +40,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--folder", type=pathlib.Path, help="default: logs/<env>-seed<seed>")
     parser.add_argument("--csv", type=pathlib.Path, help="file of the evaluations; default: evaluations.csv in the folder")
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
+    parser.add_argument("--random", action="store_true", help="no training: only evaluate random actions, for comparison")
     parser.add_argument("--no-compile", action="store_true", help="never use torch.compile")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     return parser.parse_args()
+
+
+class RandomActions:
+    """What a policy is compared with."""
+
+    def __init__(self, env: VecEnv, seed: int) -> None:
+        self.space = env.action_space
+        self.space.seed(seed)
+
+    def predict(self, observation: np.ndarray, state: tuple | None = None, *_, **__) -> tuple[np.ndarray, tuple | None]:
+        return np.stack([self.space.sample() for _ in observation]), state
 
 
 def plot(path: pathlib.Path, evaluations: PlannerPriorEvalCallback, title: str) -> None:
@@ -79,12 +94,18 @@ def main() -> None:
     # another number of environments would be another plan to compile
     eval_env = zoo.make_env(args.env, entry, args.seed + 1000, n_envs=args.eval_envs or env.num_envs)
 
+    csv = args.csv or folder / "evaluations.csv"
+    if args.random:
+        mean, _ = evaluate_policy(RandomActions(eval_env, args.seed), eval_env, args.eval_episodes)  # type: ignore[arg-type]
+        assert isinstance(mean, float)
+        rows.append(csv, [Row(args.env, "random", args.seed, 0, 0, mean, mean, 0.0, rows.revision(), rows.versions())])
+        print(f"random actions: mean return {mean:.1f} over {args.eval_episodes} episodes")
+        return
     settings = zoo.settings_of_the_model(entry)
     if args.no_compile:
         settings["compile"] = False
     model = BOOM(env=env, seed=args.seed, verbose=1, **settings)
     variant = " ".join(f"{key}:{value}" for key, value in args.params.items()) or "release"
-    csv = args.csv or folder / "evaluations.csv"
     evaluations = EvaluationLog(
         eval_env, csv, (args.env, variant, args.seed), args.eval_episodes, args.eval_freq // env.num_envs
     )
