@@ -10,7 +10,7 @@ import argparse
 import os
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NoReturn
 
 import gymnasium as gym
@@ -44,25 +44,14 @@ def fail(message: object, status: int = 2) -> NoReturn:
     raise SystemExit(status)
 
 
-def _has(arguments: Sequence[str], *flags: str) -> bool:
-    return any(argument.split("=")[0] in flags for argument in arguments)
-
-
-def _value(arguments: Sequence[str], *flags: str) -> str | None:
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
-        if argument in flags:
-            return following
-        if argument.split("=")[0] in flags:
-            return argument.split("=", 1)[1]
-    return None
-
-
 def _rl_zoo3(arguments: list[str]) -> None:
     """What every command of rl_zoo3 needs. :param arguments: the command's"""
     from sb3_boom import zoo
 
     zoo.register()
-    env_id = _value(arguments, "--env")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--env")
+    env_id = parser.parse_known_args(arguments)[0].env
     missing = zoo.missing_package(env_id) if env_id else None
     if missing:
         raise ImportError(f"{env_id}: {missing}")
@@ -78,9 +67,7 @@ def train(arguments: list[str], cpu: bool) -> None:
     from sb3_boom import zoo
 
     _rl_zoo3(arguments)
-    if not _has(arguments, "-conf", "--conf-file"):
-        arguments = ["--conf-file", str(zoo.hyperparams_file(cpu)), *arguments]
-    sys.argv[1:] = ["--algo", "boom", *arguments]
+    sys.argv[1:] = ["--algo", "boom", "--conf-file", str(zoo.hyperparams_file(cpu)), *arguments]  # the last one counts
     rl_zoo3_train()
 
 
