@@ -425,8 +425,8 @@ class BOOM(OffPolicyAlgorithm):
         plan = self.policy.plan(obs, mean.masked_fill(starts.view(-1, 1, 1), 0.0))
         self._planner_mean = plan.mean
         planned = finite_actions(th.cat([plan.exploratory_action, plan.planner_action, plan.planner_std], dim=1))
-        scaled, self._planned = np.split(planned, [self.policy.action_dim], axis=1)
-        return scaled
+        self._planned = planned[:, self.policy.action_dim :]
+        return planned[:, : self.policy.action_dim]
 
     def _store_transition(
         self,
@@ -445,9 +445,9 @@ class BOOM(OffPolicyAlgorithm):
             if dones[i] and (final := info.get("terminal_observation")) is not None:
                 check_finite(final, "an observation", self.num_timesteps, env_index=i)
         if self._planned is not None:
-            planner_action, planner_std = np.split(self._planned, 2, axis=1)
-            for i, info in enumerate(infos):
-                info["planner_action"], info["planner_std"] = planner_action[i], planner_std[i]
+            dim = self.policy.action_dim
+            for info, planned in zip(infos, self._planned, strict=True):
+                info["planner_action"], info["planner_std"] = planned[:dim], planned[dim:]
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         self._last_episode_starts = dones
 

@@ -95,6 +95,8 @@ class WeightedReplayBuffer(ReplayBuffer):
         self.optimize_memory_usage = False
         self.handle_timeout_termination = True
         self.horizon = horizon
+        # action, planner's action and std, reward, whether it terminated: one row, written and drawn at once
+        self._step_widths = [self.action_dim] * 3 + [1, 1]
         self.sampling = sampling
         self.value_temperature = value_temperature
         self._storage: dict[str, th.Tensor] = {}
@@ -142,19 +144,17 @@ class WeightedReplayBuffer(ReplayBuffer):
         ended = done.nonzero()[0]
         if len(ended):
             slots[ended] = self._take_slots(len(ended))
-        action = np.asarray(action, dtype=np.float32).reshape(self.n_envs, self.action_dim)
-        planner_action, planner_std = action, np.full_like(action, WARMUP_STD)
-        if any("planner_action" in info for info in infos):
-            planner_action, planner_std = planner_action.copy(), planner_std.copy()
-            for i, info in enumerate(infos):
-                if "planner_action" in info:
-                    planner_action[i], planner_std[i] = info["planner_action"], info["planner_std"]
-        truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
+        steps = np.empty((self.n_envs, sum(self._step_widths)), dtype=np.float32)
+        dim = self.action_dim
+        steps[:, :dim] = steps[:, dim : 2 * dim] = np.reshape(action, (self.n_envs, dim))
+        steps[:, 2 * dim : 3 * dim], steps[:, -2], steps[:, -1] = WARMUP_STD, reward, 0.0
+        for i, info in enumerate(infos):
+            if "planner_action" in info:
+                steps[i, dim : 2 * dim], steps[i, 2 * dim : 3 * dim] = info["planner_action"], info["planner_std"]
+        for i in ended:
+            steps[i, -1] = not infos[i].get("TimeLimit.truncated", False)
 
-        steps = np.concatenate([action, planner_action, planner_std], axis=1)
         self._write("steps", pos, steps)
-        self._write("rewards", pos, np.asarray(reward, dtype=np.float32).reshape(self.n_envs))
-        self._write("terminations", pos, done & ~truncated)
         self._write("final_slot", pos, slots)
         for key, rows in obs_rows.items():
             self._write(f"obs/{key}", pos, rows)
@@ -183,11 +183,9 @@ class WeightedReplayBuffer(ReplayBuffer):
         shape = (self.buffer_size, self.n_envs)
         n_finals = self.n_envs + self.buffer_size * self.n_envs // 20 + 1
         row_bytes = sum(row.nbytes for row in rows.values()) // self.n_envs
-        device = self._storage_device(shape[0] * shape[1] * (row_bytes + 12 * self.action_dim + 16))
+        device = self._storage_device(shape[0] * shape[1] * (row_bytes + 4 * sum(self._step_widths) + 8))
         zeros = {
-            "steps": ((3 * self.action_dim,), th.float32),
-            "rewards": ((), th.float32),
-            "terminations": ((), th.bool),
+            "steps": ((sum(self._step_widths),), th.float32),
             "final_slot": ((), th.int32),
         }
         if self.value_temperature is not None:
@@ -259,16 +257,18 @@ class WeightedReplayBuffer(ReplayBuffer):
         if self.size() == 0:
             raise ValueError("the replay buffer is empty: store transitions (or call learn) before sampling")
         start, env_index = self._draw_by_episode(batch_size) if self.sampling == "episode" else self._draw(batch_size)
-        steps = th.arange(self.horizon, device=start.device).unsqueeze(1)
-        indices = (start + steps) % self.buffer_size * self.n_envs + env_index  # [H, B]
+        steps = th.arange(self.horizon + 1, device=start.device).unsqueeze(1)
+        rows = (start + steps) % self.buffer_size * self.n_envs + env_index  # [H+1, B]
+        indices = rows[:-1]
 
-        slots = self._flat("final_slot")[indices]
+        slots = _take(self._flat("final_slot"), indices)
         ends = slots >= 0
         # a step is valid if no earlier one ended the episode
         valid = th.cat([th.zeros_like(ends[:1]), ends[:-1]]).cumsum(0) == 0
-        obs = {key: self._observations(key, indices, slots) for key in self._final_observations}
-        actions, planner_actions, planner_stds = self._flat("steps")[indices].split(self.action_dim, dim=-1)
-        rewards = self._flat("rewards")[indices]
+        obs = {key: self._observations(key, rows, slots) for key in self._final_observations}
+        actions, planner_actions, planner_stds, rewards, terminations = _take(self._flat("steps"), indices).split(
+            self._step_widths, dim=-1
+        )
         if env is not None:
             obs, rewards = self._normalize(obs, rewards, env)
         batch = SubTrajectories(
@@ -276,8 +276,8 @@ class WeightedReplayBuffer(ReplayBuffer):
             actions,
             planner_actions,
             planner_stds,
-            rewards.unsqueeze(-1),
-            self._flat("terminations")[indices].unsqueeze(-1).float(),
+            rewards,
+            terminations,
             valid.unsqueeze(-1),
             indices,
         )
@@ -295,7 +295,7 @@ class WeightedReplayBuffer(ReplayBuffer):
 
     def _draw(self, batch_size: int) -> tuple[th.Tensor, th.Tensor]:
         """First rows and environments of windows, ``[B]`` each; uniform, or half of them by value."""
-        device = self._storage["rewards"].device
+        device = self._storage["steps"].device
         index = th.randint(self.size() * self.n_envs, (batch_size,), device=device)
         if self.value_temperature is not None:
             values = self._flat("values")[: self.size() * self.n_envs].double()
@@ -326,17 +326,17 @@ class WeightedReplayBuffer(ReplayBuffer):
         offset = (th.rand(batch_size, device=begin.device) * n_windows).long().clamp(max=n_windows - 1)
         return (begin[episode] + offset + first) % self.buffer_size, env_index[episode]
 
-    def _observations(self, key: str, indices: th.Tensor, slots: th.Tensor) -> th.Tensor:
+    def _observations(self, key: str, rows: th.Tensor, slots: th.Tensor) -> th.Tensor:
         """
-        :param indices: flat indices of the steps, ``[H, B]``
+        :param rows: flat indices of the steps and of the row after them, ``[H+1, B]``
         :param slots: where the observation after a step is kept apart, else -1, ``[H, B]``
         :return: observations before and after the steps, ``[H+1, B, ...]``
         """
-        stored, finals = self._flat(f"obs/{key}"), self._final_observations[key]
-        following = (indices // self.n_envs + 1) % self.buffer_size * self.n_envs + indices % self.n_envs
-        kept_apart = (slots >= 0).view(*slots.shape, *[1] * (stored.ndim - 1))
-        next_obs = th.where(kept_apart, finals[slots.clamp(min=0).long()], stored[following])
-        return th.cat([stored[indices[:1]], next_obs])
+        obs = _take(self._flat(f"obs/{key}"), rows)
+        finals = _take(self._final_observations[key], slots.clamp(min=0))
+        kept_apart = (slots >= 0).view(*slots.shape, *[1] * (obs.ndim - 2))
+        th.where(kept_apart, finals, obs[1:], out=obs[1:])
+        return obs
 
     @staticmethod
     def _normalize(obs: dict[str, th.Tensor], rewards: th.Tensor, env: VecNormalize) -> tuple[dict[str, th.Tensor], th.Tensor]:
@@ -395,6 +395,11 @@ class WeightedReplayBuffer(ReplayBuffer):
         self.__dict__.update(state)
         for name in ("_storage", "_final_observations"):
             setattr(self, name, {key: th.from_numpy(np.array(array)) for key, array in state[name].items()})
+
+
+def _take(stored: th.Tensor, indices: th.Tensor) -> th.Tensor:
+    """``stored[indices]``; on a CPU, index_select copies a row at once, where indexing copies number by number."""
+    return stored.index_select(0, indices.flatten()).unflatten(0, indices.shape)
 
 
 def _assign(stored: th.Tensor, index: int | np.ndarray, rows: np.ndarray) -> None:

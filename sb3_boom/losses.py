@@ -96,12 +96,28 @@ def draw_noise(
     normal = th.randn(2, horizon, batch_size, action_dim, device=device)
     value_dropout = policy_dropout = None
     if dropout > 0.0:
-        # four 16-bit numbers from every random 64-bit one: five times faster on a CPU than bernoulli_
-        shape = (n_critics + 2, horizon * batch_size, mlp_dim)
-        bits = th.empty(-(-th.Size(shape).numel() // 4), dtype=th.int64, device=device).random_(-(2**63), None)
-        kept = bits.view(th.int16)[: th.Size(shape).numel()].view(shape) >= round(dropout * 2**16) - 2**15
+        kept = draw_kept((n_critics + 2, horizon * batch_size, mlp_dim), dropout, device)
         value_dropout, policy_dropout = kept.split([n_critics, 2])
     return UpdateNoise(normal[0], normal[1], draw_pairs(2, n_critics, device), value_dropout, policy_dropout)
+
+
+def draw_kept(shape: tuple[int, ...], dropout: float, device: th.device) -> th.Tensor:
+    """
+    Draw which units dropout keeps: independent, by the gaps between dropped ones, which are geometrically distributed.
+
+    A random number for every dropped unit, instead of one for every unit, which took as long as a tenth of an update.
+
+    :param shape: of the result
+    :param dropout: probability of dropping a unit, in (0, 1)
+    :param device: where the result lives
+    :return: bool, False where dropped
+    """
+    n = math.prod(shape)
+    # ten standard deviations more than will be needed
+    n_gaps = math.ceil(n * dropout + 10.0 * math.sqrt(n * dropout) + 10.0)
+    gaps = th.empty(n_gaps, device=device).exponential_(-math.log1p(-dropout)).long() + 1
+    dropped = (gaps.cumsum(0) - 1).clamp(max=n)  # those beyond the end meet in one more place
+    return th.ones(n + 1, dtype=th.bool, device=device).index_fill_(0, dropped, False)[:n].view(shape)
 
 
 def time_weights(horizon: int, rho: float, like: th.Tensor) -> th.Tensor:

@@ -217,6 +217,18 @@ class BOOMPolicy(BasePolicy):
         """Turns a function into its compiled self, or returns it as it is, by the ``compile`` setting."""
         return choose_compiler(self.compile_setting, self.device)
 
+    def train(self, mode: bool = True) -> "BOOMPolicy":
+        """
+        Set the mode of the features extractor, the one part that may have layers to which it matters (dropout is drawn with
+        the other noise of an update). It changes twice a step, and to tell all the layers of the networks took milliseconds.
+
+        :param mode: True to update, False to act
+        :return: itself
+        """
+        self.training = mode
+        self.features_extractor.train(mode)
+        return self
+
     # ----------------------------------------------------------------- planning
 
     def features(self, obs: PyTorchObs) -> th.Tensor:

@@ -213,6 +213,19 @@ def test_scale_follows_the_percentile_range(n):
     assert losses.update_scale(th.tensor(4.0), values, 0.1).item() == pytest.approx(4.0 + 0.1 * (spread - 4.0), rel=1e-5)
 
 
+@pytest.mark.parametrize("dropout", [0.01, 0.3, 0.95])
+def test_dropped_units_are_independent(dropout):
+    kept = losses.draw_kept((2000, 3, 50), dropout, th.device("cpu")).view(2000, 150).double()
+    std = (dropout * (1 - dropout)) ** 0.5
+    # every unit as often as any other, the first and the last too: within six standard errors
+    assert (1 - kept.mean(0)).sub(dropout).abs().max().item() < 6 * std / 2000**0.5
+    # neighbours know nothing of each other, nor do far ones
+    for distance in (1, 2, 50):
+        covariance = ((kept[:, distance:] - 1 + dropout) * (kept[:, :-distance] - 1 + dropout)).mean().item()
+        assert abs(covariance) < 5 * std**2 / (2000 * 100) ** 0.5
+    assert losses.draw_kept((1, 1), dropout, th.device("cpu")).shape == (1, 1)
+
+
 def test_dropout_drops_one_unit_in_a_hundred_and_is_off_without_a_mask():
     noise = losses.draw_noise(3, 128, A, 5, 128, 0.01, th.device("cpu"))
     for mask, n in ((noise.value_dropout, 5), (noise.policy_dropout, 2)):
