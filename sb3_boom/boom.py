@@ -1,5 +1,6 @@
 """BOOM: collect with the planner, store what it did, learn from it."""
 
+import dataclasses
 import io
 import pathlib
 import time
@@ -27,7 +28,7 @@ from sb3_boom.checks import (
     warn_if_slow,
     worker_deaths_named,
 )
-from sb3_boom.compilation import compiled, keep_freed_memory, subnormals_flushed
+from sb3_boom.compilation import allow_tf32, compiled, keep_freed_memory, subnormals_flushed
 from sb3_boom.episode_length import episode_length
 from sb3_boom.losses import LossConfig
 from sb3_boom.meters import Meters
@@ -90,6 +91,8 @@ class BOOM(OffPolicyAlgorithm):
     :param planner_kwargs: what a plan costs: ``n_samples`` (512), ``n_elites`` (64), ``n_policy_samples`` (24),
         ``n_iterations`` ("auto": 6, or 8 for A >= 20), ``temperature`` (0.5), ``min_std`` (0.05), ``max_std`` (2)
     :param compile: compile planner and losses with torch.compile. Default "auto": where it works
+    :param tf32: on a GPU, let matrix products round their factors to TF32 (10 bits of mantissa), as its tensor cores multiply
+        them; this is torch's own setting, of the whole process. Default True; False leaves it as it is
     :param policy_kwargs: additional arguments to be passed to the policy on creation, such as
         ``dict(model_size="tiny")``. See :class:`~sb3_boom.policies.BOOMPolicy`
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average the
@@ -151,6 +154,7 @@ class BOOM(OffPolicyAlgorithm):
         planner: str = "mppi",
         planner_kwargs: dict[str, Any] | None = None,
         compile: bool | Literal["auto"] = "auto",
+        tf32: bool = True,
         policy_kwargs: dict[str, Any] | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -206,6 +210,7 @@ class BOOM(OffPolicyAlgorithm):
         self.planner = planner
         self.planner_kwargs = planner_kwargs
         self.compile = compile
+        self.tf32 = tf32
         self.pretrain_updates = 0  # of pretrain_steps, done so far
         self.meters = Meters()
         self.warned: set[str] = set()
@@ -219,6 +224,8 @@ class BOOM(OffPolicyAlgorithm):
     def _setup_model(self) -> None:
         check_settings(self)
         self._resolve_auto()
+        if self.tf32:
+            allow_tf32(self.device)
         if self.replay_buffer_class is None:
             self.replay_buffer_class = WeightedReplayBuffer
         policy_kwargs, replay_buffer_kwargs = self.policy_kwargs, self.replay_buffer_kwargs
@@ -367,23 +374,10 @@ class BOOM(OffPolicyAlgorithm):
         warn_if_slow(self)
 
     def _loss_config(self) -> LossConfig:
-        # a buffer that draws by value has weighted the batch already
-        drawn_by_value = self.replay_buffer is not None and self.replay_buffer.value_temperature is not None
-        return LossConfig(
-            gamma=self.gamma,
-            rho=self.rho,
-            consistency_coef=self.consistency_coef,
-            reward_coef=self.reward_coef,
-            value_coef=self.value_coef,
-            termination_coef=self.termination_coef,
-            ent_coef=self.ent_coef,
-            alignment=self.alignment,
-            align_coef=self.align_coef,
-            align_weighting="uniform" if drawn_by_value else self.align_weighting,
-            align_temperature=self.align_temperature,
-            align_warmup=self.align_warmup,
-            tau=self.tau,
-        )
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(LossConfig)}
+        if self.replay_buffer is not None and self.replay_buffer.value_temperature is not None:
+            settings["align_weighting"] = "uniform"  # what is drawn by value is weighted already
+        return LossConfig(**settings)
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         super()._update_learning_rate(optimizers)

@@ -25,6 +25,7 @@ commands, of which the first five take rl_zoo3's options (sb3-boom COMMAND --hel
   plot       plot the returns of training
   list       environments with an entry, and whether they are installed
   benchmark  train a grid of tasks and seeds, and report it beside published results
+  bench      measure what a step costs on this machine
 
 options:
   --cpu        settings sized for two CPU cores (boom-cpu.yml) instead of the paper's (boom.yml)
@@ -138,8 +139,25 @@ def benchmark(arguments: list[str], cpu: bool) -> None:
     command.benchmark(arguments, cpu)
 
 
+def bench(arguments: list[str], cpu: bool) -> None:
+    """
+    :param arguments: of :func:`sb3_boom.benchmark.step.bench`
+    :param cpu: unused: the model's size is an option
+    """
+    from sb3_boom.benchmark import step
+
+    step.bench(arguments)
+
+
 COMMANDS: dict[str, Callable[[list[str], bool], None]] = dict(
-    train=train, enjoy=enjoy, optimize=optimize, record=record, plot=plot, list=list_environments, benchmark=benchmark
+    train=train,
+    enjoy=enjoy,
+    optimize=optimize,
+    record=record,
+    plot=plot,
+    list=list_environments,
+    benchmark=benchmark,
+    bench=bench,
 )
 
 

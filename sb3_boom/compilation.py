@@ -78,6 +78,16 @@ def choose_compiler(setting: bool | str, device: th.device) -> Callable[[Callabl
     return eager
 
 
+def allow_tf32(device: th.device) -> None:
+    """
+    Let a GPU's matrix products use TF32, unless torch has been told something coarser already.
+
+    :param device: where they are done; nothing changes for a CPU
+    """
+    if device.type == "cuda" and th.get_float32_matmul_precision() == "highest":
+        th.set_float32_matmul_precision("high")
+
+
 @contextlib.contextmanager
 def subnormals_flushed() -> Iterator[None]:
     """Take subnormal floats as 0 in this thread meanwhile: SimNorm's tiny gradients are some, and slow a CPU down."""

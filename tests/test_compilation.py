@@ -10,7 +10,7 @@ from conftest import TINY
 from torch._dynamo.utils import counters
 
 from sb3_boom import BOOM, losses
-from sb3_boom.compilation import compiler_works
+from sb3_boom.compilation import allow_tf32, compiler_works
 from sb3_boom.update import encode_observations
 
 pytestmark = pytest.mark.skipif(not compiler_works("cpu"), reason="no C++ compiler")
@@ -118,6 +118,21 @@ def test_nothing_is_compiled_again(models):
     assert first > before
     model.predict(observations(3), deterministic=True)
     assert n_graphs() == first
+
+
+def test_tf32_is_for_gpus_and_keeps_what_is_coarser():
+    before = th.get_float32_matmul_precision()
+    try:
+        for device, setting, expected in [
+            ("cuda", "highest", "high"),
+            ("cuda", "medium", "medium"),
+            ("cpu", "highest", "highest"),
+        ]:
+            th.set_float32_matmul_precision(setting)
+            allow_tf32(th.device(device))
+            assert th.get_float32_matmul_precision() == expected
+    finally:
+        th.set_float32_matmul_precision(before)
 
 
 def test_waiting_for_the_compiler_is_announced_once(capsys):

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 import pathlib
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import zipfile
 import gymnasium as gym
 import optuna
 import pytest
+import torch as th
 import yaml
 from conftest import TINY
 from rl_zoo3.utils import get_wrapper_class
@@ -168,6 +170,19 @@ def test_user_errors_are_one_line(run, arguments, message):
 def test_missing_environments_are_told_how_to_install(run):
     status, _, errors = run("train", "--env", "h1hand-run-v0")
     assert status == 1 and "docs/zoo.md" in errors
+
+
+def test_measures_what_a_step_costs(run, tmp_path):
+    threads = th.get_num_threads()
+    arguments = ["--calls", "2", "--n-envs", "1", "4", "--threads", str(threads), "--no-compile", "--json", "step.json"]
+    status, output, _ = run("bench", *arguments)
+    measured = json.loads((tmp_path / "step.json").read_text())
+    assert status == 0 and "cores" in measured["machine"] and "plan_ratio" in output
+    one, four = measured["rows"]
+    # plans for four are four times the products; an update does not ask how many environments there are
+    assert four["plan_gflop"] == pytest.approx(4 * one["plan_gflop"], rel=0.01)
+    assert four["update_gflop"] == one["update_gflop"] > 0
+    assert all(row[name] > 0 for row in (one, four) for name in row if name not in ("size", "what"))
 
 
 def test_help_names_every_command(run):

@@ -1,11 +1,9 @@
 """
 What a step costs: plan, update, buffer and loop, and how far plan and update are from their matrix products alone.
 
-    python benchmarks/bench_step.py
-    python benchmarks/bench_step.py --sizes tiny 5M --n-envs 1 16 --json benchmarks/results/step.json
-    python benchmarks/bench_step.py --scaling --json benchmarks/results/scaling.json
-
-With --scaling every row differs from the first in one setting.
+    sb3-boom bench
+    sb3-boom bench --sizes tiny 5M --n-envs 1 16 --json step.json
+    sb3-boom bench --scaling --json scaling.json
 
 The floor of a plan or an update is the time of its matrix products alone, the same shapes one after the other, as this
 package computes them. It is measured in turns with what it is compared to, and the ratio is the median of the pairs.
@@ -26,15 +24,13 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 import torch as th
-import yaml
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sb3_boom import BOOM
+from sb3_boom import BOOM, zoo
 from sb3_boom.compilation import keep_freed_memory, subnormals_flushed
 
-PRESET = pathlib.Path(__file__).parents[1] / "zoo_hyperparams" / "boom-cpu.yml"
 # size: observation and action dimensions. tiny comes with the CPU preset's planner and batch, the others with the paper's
 PROBLEMS = {"tiny": (3, 1), "1M": (24, 6), "5M": (223, 38)}
 # what --scaling changes, one at a time: the planner's settings, the networks' sizes, and BOOM's own
@@ -87,10 +83,14 @@ class MatrixProducts(TorchDispatchMode):
 
     @property
     def gflop(self) -> float:
+        """Floating-point operations of all products, in billions."""
         return sum(2.0 * left.numel() * right[-1] for left, right in self.shapes) / 1e9
 
     def alone(self, device: th.device) -> Callable[[], object]:
-        """:return: function that does the products, one after the other, into memory that is there already"""
+        """
+        :param device: where to do them
+        :return: function that does the products, one after the other, into memory that is there already
+        """
         factors = {shape: th.randn(shape, device=device) for pair in self.shapes for shape in pair}
         results = {(left, right): th.empty(*left[:-1], right[-1], device=device) for left, right in self.shapes}
 
@@ -102,11 +102,17 @@ class MatrixProducts(TorchDispatchMode):
 
 
 def wait(device: th.device) -> None:
+    """:param device: whose work is waited for"""
     if device.type == "cuda":
         th.cuda.synchronize(device)
 
 
 def seconds(function: Callable[[], object], device: th.device) -> float:
+    """
+    :param function: called once
+    :param device: it works on
+    :return: how long it took
+    """
     start = time.perf_counter()
     function()
     wait(device)
@@ -114,11 +120,25 @@ def seconds(function: Callable[[], object], device: th.device) -> float:
 
 
 def median_us(function: Callable[[], object], n: int, device: th.device) -> float:
+    """
+    :param function: called ``n`` times
+    :param n: number of calls
+    :param device: it works on
+    :return: median of the times it took, in microseconds
+    """
     return 1e6 * float(np.median([seconds(function, device) for _ in range(n)]))
 
 
 def make_model(size: str, n_envs: int, compile: bool, device: str, changes: dict[str, Any]) -> BOOM:
-    preset = yaml.safe_load(PRESET.read_text())["default"]
+    """
+    :param size: a key of :data:`PROBLEMS`
+    :param n_envs: number of environments
+    :param compile: as :class:`sb3_boom.BOOM`'s
+    :param device: as :class:`sb3_boom.BOOM`'s
+    :param changes: settings that differ from the size's
+    :return: an untrained model
+    """
+    preset = zoo.entry(zoo.hyperparams_file(cpu=True), "default")
     settings = {key: preset[key] for key in ("batch_size", "planner_kwargs")} if size == "tiny" else {}
     settings["policy_kwargs"] = dict(model_size=size)
     for name, value in changes.items():
@@ -131,6 +151,14 @@ def make_model(size: str, n_envs: int, compile: bool, device: str, changes: dict
 
 
 def measure(size: str, n_envs: int, what: str, changes: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """
+    :param size: a key of :data:`PROBLEMS`
+    :param n_envs: number of environments
+    :param what: name for ``changes``
+    :param changes: settings that differ from the size's
+    :param args: of the command
+    :return: a row of the table
+    """
     model = make_model(size, n_envs, compile=False, device=args.device, changes=changes)
     model.gradient_steps = 0
     model.learn(1000)  # fills the buffer, at random
@@ -188,20 +216,31 @@ def processor() -> str:
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=list(PROBLEMS), default=["tiny"])
-    parser.add_argument("--n-envs", nargs="+", type=int, default=[1])
-    parser.add_argument("--scaling", action="store_true", help="change one setting at a time")
-    parser.add_argument("--calls", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+def bench(arguments: list[str]) -> None:
+    """:param arguments: of ``sb3-boom bench``"""
+    parser = argparse.ArgumentParser(
+        "sb3-boom bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", choices=list(PROBLEMS), default=["tiny"], help="of the model (default: tiny)")
+    parser.add_argument("--n-envs", nargs="+", type=int, default=[1], help="environments planned for at once (default: 1)")
+    parser.add_argument(
+        "--scaling", action="store_true", help="more rows, each of which differs from the first in one setting"
+    )
+    parser.add_argument("--calls", type=int, default=100, help="to take the median of (default: 100)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's (default: one for every core)")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--json", type=pathlib.Path)
-    args = parser.parse_args()
+    parser.add_argument("--no-compile", action="store_true", help="eager instead of torch.compile")
+    parser.add_argument("--json", type=pathlib.Path, help="where to write the table")
+    args = parser.parse_args(arguments)
     th.set_num_threads(args.threads)
     warnings.simplefilter("ignore", DeprecationWarning)
+    keep_freed_memory()  # as while learning, and
+    with subnormals_flushed():
+        measure_all(args)
 
+
+def measure_all(args: argparse.Namespace) -> None:
+    """Print a table of every size and number of environments, and write it. :param args: of the command"""
     machine = dict(
         processor=processor(),
         cores=os.cpu_count(),
@@ -222,9 +261,3 @@ def main() -> None:
         print(flush=True)
         if args.json:
             args.json.write_text(json.dumps(dict(machine=machine, rows=rows), indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    keep_freed_memory()  # as while learning, and
-    with subnormals_flushed():
-        main()
