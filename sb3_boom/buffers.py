@@ -151,7 +151,7 @@ class WeightedReplayBuffer(ReplayBuffer):
         for i, info in enumerate(infos):
             if "planner_action" in info:
                 steps[i, dim : 2 * dim], steps[i, 2 * dim : 3 * dim] = info["planner_action"], info["planner_std"]
-        for i in ended:
+        for i in ended.tolist():
             steps[i, -1] = not infos[i].get("TimeLimit.truncated", False)
 
         self._write("steps", pos, steps)
