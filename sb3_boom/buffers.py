@@ -263,8 +263,7 @@ class WeightedReplayBuffer(ReplayBuffer):
 
         slots = _take(self._flat("final_slot"), indices)
         ends = slots >= 0
-        # a step is valid if no earlier one ended the episode
-        valid = th.cat([th.zeros_like(ends[:1]), ends[:-1]]).cumsum(0) == 0
+        valid = ends.cumsum(0) == ends  # no earlier step ended the episode
         obs = {key: self._observations(key, rows, slots) for key in self._final_observations}
         actions, planner_actions, planner_stds, rewards, terminations = _take(self._flat("steps"), indices).split(
             self._step_widths, dim=-1
