@@ -147,7 +147,7 @@ class WeightedReplayBuffer(ReplayBuffer):
         steps = np.empty((self.n_envs, sum(self._step_widths)), dtype=np.float32)
         dim = self.action_dim
         steps[:, :dim] = steps[:, dim : 2 * dim] = np.reshape(action, (self.n_envs, dim))
-        steps[:, 2 * dim : 3 * dim], steps[:, -2], steps[:, -1] = WARMUP_STD, reward, 0.0
+        steps[:, 2 * dim : 3 * dim], steps[:, -2], steps[:, -1] = WARMUP_STD, np.reshape(reward, -1), 0.0
         for i, info in enumerate(infos):
             if "planner_action" in info:
                 steps[i, dim : 2 * dim], steps[i, 2 * dim : 3 * dim] = info["planner_action"], info["planner_std"]
