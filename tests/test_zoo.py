@@ -87,7 +87,8 @@ def test_settings_written_out_are_those_that_follow_by_themselves():
         assert model.policy._constructor_kwargs["simnorm_dim"] == entry["policy_kwargs"]["simnorm_dim"]
 
 
-def test_trains_enjoys_and_continues(run):
+def test_trains_enjoys_records_plots_and_continues(run, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
     status, output, _ = run(
         "train", "--env", "Pendulum-v1", "--cpu", "-n", "60", "--seed", "1", "--eval-freq", "-1", "--save-replay-buffer",
         "-tb", "tb", *QUICK,
@@ -97,6 +98,10 @@ def test_trains_enjoys_and_continues(run):
     assert (folder / "replay_buffer.pkl").exists() and list(pathlib.Path("tb").rglob("events*"))
     status, output, _ = run("enjoy", "--env", "Pendulum-v1", "--no-render", "-n", "200")
     assert status == 0 and "Mean reward" in output
+    status, output, _ = run("record", "--env", "Pendulum-v1", "-n", "3")
+    assert status == 0 and list(folder.rglob("*.mp4"))
+    status, output, _ = run("plot", "-e", "Pendulum")
+    assert status == 0
     status, output, _ = run(
         "train", "--env", "Pendulum-v1", "--cpu", "-n", "20", "--eval-freq", "-1", "-i", f"{folder}/Pendulum-v1.zip", *QUICK
     )
