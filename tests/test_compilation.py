@@ -8,6 +8,7 @@ import pytest
 import torch as th
 from conftest import TINY
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_boom import BOOM, losses
 from sb3_boom.compilation import allow_tf32, compiler_works
@@ -118,6 +119,29 @@ def test_nothing_is_compiled_again(models):
     assert first > before
     model.predict(observations(3), deterministic=True)
     assert n_graphs() == first
+
+
+class Waiting(TorchDispatchMode):
+    """Refuses what would make a GPU's host wait: reading a number, and results whose size depends on the data."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_") and any(i is not None and i.dtype == th.bool for i in args[1])
+        assert not by_mask and name not in self.REFUSED, f"{name} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device(models):
+    """Neither a plan, nor drawing a batch, nor an update."""
+    model, _ = models
+    obs, _ = model.policy.obs_to_tensor(observations(2))
+    with Waiting():
+        model.policy.plan(obs, model.policy.initial_mean(2))
+        model.train(2, 16)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            model.policy.q_scale.item()
 
 
 def test_tf32_is_for_gpus_and_keeps_what_is_coarser():
