@@ -144,10 +144,10 @@ class WeightedReplayBuffer(ReplayBuffer):
         ended = done.nonzero()[0]
         if len(ended):
             slots[ended] = self._take_slots(len(ended))
-        steps = np.empty((self.n_envs, sum(self._step_widths)), dtype=np.float32)
         dim = self.action_dim
+        steps = np.zeros((self.n_envs, 3 * dim + 2), dtype=np.float32)
         steps[:, :dim] = steps[:, dim : 2 * dim] = np.reshape(action, (self.n_envs, dim))
-        steps[:, 2 * dim : 3 * dim], steps[:, -2], steps[:, -1] = WARMUP_STD, np.reshape(reward, -1), 0.0
+        steps[:, 2 * dim : 3 * dim], steps[:, -2] = WARMUP_STD, np.reshape(reward, -1)
         for i, info in enumerate(infos):
             if "planner_action" in info:
                 steps[i, dim : 2 * dim], steps[i, 2 * dim : 3 * dim] = info["planner_action"], info["planner_std"]
@@ -213,11 +213,10 @@ class WeightedReplayBuffer(ReplayBuffer):
             return
         continues = self._episode_open.copy()
         for key, rows in obs_rows.items():
-            equal = rows == self._last_next_obs[key]
-            continues &= equal.reshape(self.n_envs, -1).all(axis=1)
+            continues &= (rows == self._last_next_obs[key]).reshape(self.n_envs, -1).all(axis=1)
         last_slots = self._last_slots.copy()
         last_slots[continues] = -1
-        closed = (self._episode_open & ~continues).nonzero()[0]
+        closed = (self._episode_open ^ continues).nonzero()[0]
         if len(closed):
             last_slots[closed] = self._take_slots(len(closed))
             for finals in self._final_observations.values():
