@@ -146,8 +146,8 @@ class WeightedReplayBuffer(ReplayBuffer):
             slots[ended] = self._take_slots(len(ended))
         dim = self.action_dim
         steps = np.zeros((self.n_envs, 3 * dim + 2), dtype=np.float32)
-        steps[:, :dim] = steps[:, dim : 2 * dim] = np.reshape(action, (self.n_envs, dim))
-        steps[:, 2 * dim : 3 * dim], steps[:, -2] = WARMUP_STD, np.reshape(reward, -1)
+        steps[:, :dim] = steps[:, dim : 2 * dim] = np.asarray(action).reshape(self.n_envs, dim)
+        steps[:, 2 * dim : 3 * dim], steps[:, -2] = WARMUP_STD, np.asarray(reward).reshape(-1)
         for i, info in enumerate(infos):
             if "planner_action" in info:
                 steps[i, dim : 2 * dim], steps[i, 2 * dim : 3 * dim] = info["planner_action"], info["planner_std"]
