@@ -21,18 +21,20 @@ from sb3_boom.buffers import WeightedReplayBuffer
 from sb3_boom.checks import (
     FORMAT_VERSION,
     check_archive,
+    check_buffer,
     check_finite,
     check_load_arguments,
     check_settings,
+    misfit_named,
+    resolve_auto,
     warn_if_never_aligned,
     warn_if_slow,
     worker_deaths_named,
 )
 from sb3_boom.compilation import allow_tf32, compiled, keep_freed_memory, subnormals_flushed
-from sb3_boom.episode_length import episode_length
 from sb3_boom.losses import LossConfig
 from sb3_boom.meters import Meters
-from sb3_boom.policies import BOOMPolicy, CnnPolicy, MlpPolicy, MultiInputPolicy, PolicyPrior, finite_actions, is_dog_sized
+from sb3_boom.policies import BOOMPolicy, CnnPolicy, MlpPolicy, MultiInputPolicy, PolicyPrior, finite_actions
 from sb3_boom.update import update
 
 SelfBOOM = TypeVar("SelfBOOM", bound="BOOM")
@@ -214,6 +216,7 @@ class BOOM(OffPolicyAlgorithm):
         self.pretrain_updates = 0  # of pretrain_steps, done so far
         self.meters = Meters()
         self.warned: set[str] = set()
+        self._enough_data = False
         self._planner_mean: th.Tensor | None = None
         self._planned: np.ndarray | None = None
         if _init_setup_model:
@@ -223,7 +226,7 @@ class BOOM(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         check_settings(self)
-        self._resolve_auto()
+        resolve_auto(self)
         if self.tf32:
             allow_tf32(self.device)
         if self.replay_buffer_class is None:
@@ -245,19 +248,6 @@ class BOOM(OffPolicyAlgorithm):
             super()._setup_model()
         finally:
             self.policy_kwargs, self.replay_buffer_kwargs = policy_kwargs, replay_buffer_kwargs
-
-    def _resolve_auto(self) -> None:
-        """Replace every "auto" by the paper's rule."""
-        length = episode_length(self.env)
-        if self.gamma == "auto":
-            self.gamma = 0.99 if length is None else float(np.clip((length / 5 - 1) / (length / 5), 0.95, 0.995))
-        if self.learning_starts == "auto":
-            self.learning_starts = 2500 if length is None else max(1000, 5 * length)
-        if self.pretrain_steps == "auto":
-            self.pretrain_steps = self.learning_starts
-        if self.align_coef == "auto":
-            action_dim = int(np.prod(self.action_space.shape or ()))
-            self.align_coef = action_dim / (1000 if is_dog_sized(action_dim) else 50)
 
     def _setup_learn(
         self,
@@ -285,7 +275,8 @@ class BOOM(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> SelfBOOM:
         """
-        Act, store, update, as in any SB3 algorithm. Random warm-up and pretraining happen once per model.
+        Act, store, update, as in any SB3 algorithm. Random warm-up and pretraining happen once per model; a model that was
+        loaded without its replay buffer acts with its planner until the new one holds ``learning_starts`` transitions.
 
         :param total_timesteps: The total number of samples (env steps) to train on
         :param callback: callback(s) called at every step with state of the algorithm.
@@ -315,8 +306,9 @@ class BOOM(OffPolicyAlgorithm):
                     log_interval=log_interval,
                 )
                 if not rollout.continue_training:
+                    self._last_obs = None  # SB3 has not stored the last step: go on from a reset
                     break
-                if not self._in_warmup():
+                if self._has_enough_data():
                     self._pretrain()
                     gradient_steps = self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
                     if gradient_steps > 0:
@@ -326,11 +318,16 @@ class BOOM(OffPolicyAlgorithm):
 
     def _in_warmup(self) -> bool:
         """Whether actions are still random: until the buffer holds enough to start from, once per model."""
-        assert self.replay_buffer is not None
-        if self.pretrain_updates > 0 or self._n_updates > 0:
-            return False
-        enough = min(self.learning_starts, self.replay_buffer.buffer_size * self.n_envs)
-        return self.replay_buffer.size() * self.n_envs < enough
+        return self.pretrain_updates == 0 and self._n_updates == 0 and not self._has_enough_data()
+
+    def _has_enough_data(self) -> bool:
+        """Whether there is enough to learn from: ``learning_starts`` transitions, or what the buffer can hold."""
+        buffer = self.replay_buffer
+        assert buffer is not None
+        if not self._enough_data:
+            enough = min(self.learning_starts, buffer.buffer_size * self.n_envs)
+            self._enough_data = buffer.size() * self.n_envs >= enough and buffer.can_sample()
+        return self._enough_data
 
     def _pretrain(self) -> None:
         """Update ``pretrain_steps`` times on fresh batches; an interrupted pretraining goes on where it stopped."""
@@ -392,8 +389,7 @@ class BOOM(OffPolicyAlgorithm):
     ) -> tuple[np.ndarray, np.ndarray]:
         if self._in_warmup():
             self._planned = None
-            scaled = self.policy.scale_action(np.array([self.action_space.sample() for _ in range(n_envs)]))
-            scaled = np.clip(scaled.reshape(n_envs, -1), -1.0, 1.0)
+            scaled = self.policy.from_action_space(np.array([self.action_space.sample() for _ in range(n_envs)]))
         else:
             start = time.perf_counter()
             scaled = self._plan(n_envs)
@@ -470,10 +466,25 @@ class BOOM(OffPolicyAlgorithm):
     # ---------------------------------------------------------------- save, load
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "meters", "_planner_mean", "_planned"]
+        return [*super()._excluded_save_params(), "meters", "_enough_data", "_planner_mean", "_planned"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.model_optimizer", "policy.actor_optimizer"], []
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer from a pickle file. Its windows become as long as the model's ``horizon``.
+
+        :param path: Path to the pickled replay buffer.
+        :param truncate_last_traj: unused, as with SB3's own ReplayBuffer: an open episode is closed by the next reset
+        :raises ValueError: for a buffer of another kind, of other spaces or of another number of environments
+        """
+        super().load_replay_buffer(path, truncate_last_traj)
+        check_buffer(self)
+        assert self.replay_buffer is not None
+        self.replay_buffer.horizon = self.horizon
+        self.replay_buffer.move_storage()
+        self._enough_data = False
 
     @classmethod
     def load(  # type: ignore[override]
@@ -502,4 +513,7 @@ class BOOM(OffPolicyAlgorithm):
         """
         check_archive(path)
         check_load_arguments(BOOM, kwargs)
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        with misfit_named(path, kwargs):
+            model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        model.policy.model_optimizer.param_groups[0]["lr_scale"] = model.encoder_lr_scale  # the archive has its own
+        return model

@@ -304,8 +304,12 @@ class WeightedReplayBuffer(ReplayBuffer):
             index = th.where(th.rand(batch_size, device=device) < 0.5, by_value, index)
         return index // self.n_envs, index % self.n_envs
 
-    def _draw_by_episode(self, batch_size: int) -> tuple[th.Tensor, th.Tensor]:
-        """First rows and environments of windows inside uniformly drawn finished episodes, ``[B]`` each."""
+    def can_sample(self) -> bool:
+        """Whether there is anything to draw from: with ``sampling="episode"`` a finished episode that is long enough."""
+        return self.sampling == "uniform" or (self.size() > 0 and len(self._finished_episodes()[0]) > 0)
+
+    def _finished_episodes(self) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """First and last row, counted from the oldest, and environment of those longer than ``horizon``, ``[n]`` each."""
         first = self.pos if self.full else 0  # the oldest row
         slots = self._storage["final_slot"].roll(-first, 0)[: self.size()].t()  # [n_envs, size], oldest first
         env_index, end = (slots >= self.n_envs).nonzero(as_tuple=True)
@@ -313,7 +317,11 @@ class WeightedReplayBuffer(ReplayBuffer):
         new_env = th.cat([env_index.new_full((1,), -1), env_index[:-1]]) != env_index
         begin = th.where(new_env, 0, previous_end + 1)
         long_enough = end - begin + 1 > self.horizon
-        begin, end, env_index = begin[long_enough], end[long_enough], env_index[long_enough]
+        return begin[long_enough], end[long_enough], env_index[long_enough]
+
+    def _draw_by_episode(self, batch_size: int) -> tuple[th.Tensor, th.Tensor]:
+        """First rows and environments of windows inside uniformly drawn finished episodes, ``[B]`` each."""
+        begin, end, env_index = self._finished_episodes()
         if len(begin) == 0:
             raise ValueError(
                 f'sampling="episode" found no finished episode longer than horizon={self.horizon}: '
@@ -322,6 +330,7 @@ class WeightedReplayBuffer(ReplayBuffer):
         episode = th.randint(len(begin), (batch_size,), device=begin.device)
         n_windows = (end - begin + 2 - self.horizon)[episode]
         offset = (th.rand(batch_size, device=begin.device) * n_windows).long().clamp(max=n_windows - 1)
+        first = self.pos if self.full else 0
         return (begin[episode] + offset + first) % self.buffer_size, env_index[episode]
 
     def _observations(self, key: str, rows: th.Tensor, slots: th.Tensor) -> th.Tensor:
@@ -383,6 +392,12 @@ class WeightedReplayBuffer(ReplayBuffer):
         self._storage, self._final_observations, self._last_next_obs = {}, {}, {}
         self._episode_open = np.zeros(self.n_envs, dtype=bool)
 
+    def move_storage(self) -> None:
+        """Move what is stored to where the samples go, if it fits there: a pickled buffer comes back on the CPU."""
+        device = self._storage_device(sum(tensor.nbytes for tensor in self._storage.values()))
+        for name in ("_storage", "_final_observations"):
+            setattr(self, name, {key: tensor.to(device) for key, tensor in getattr(self, name).items()})
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         for name in ("_storage", "_final_observations"):
@@ -405,4 +420,5 @@ def _assign(stored: th.Tensor, index: int | np.ndarray, rows: np.ndarray) -> Non
     if stored.device.type == "cpu":
         stored.numpy()[index] = rows
     else:
-        stored[th.as_tensor(index, device=stored.device)] = th.from_numpy(rows).to(stored.device)
+        at = index if isinstance(index, int) else th.as_tensor(index, device=stored.device)
+        stored[at] = th.from_numpy(rows).to(stored.device)

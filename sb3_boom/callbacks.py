@@ -3,7 +3,7 @@
 import numpy as np
 from stable_baselines3.common.callbacks import EventCallback
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
 from sb3_boom.boom import BOOM
 
@@ -41,6 +41,8 @@ class PlannerPriorEvalCallback(EventCallback):
 
     def evaluate(self) -> None:
         """Evaluate now: append the returns to ``planner_returns`` and ``prior_returns``, and log their means."""
+        if self.model.get_vec_normalize_env() is not None:
+            sync_envs_normalization(self.training_env, self.eval_env)
         self.timesteps.append(self.model.num_timesteps)
         for name, actor, history in (
             ("planner", self.model, self.planner_returns),

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_boom import losses
 from sb3_boom.buffers import WeightedReplayBuffer
-from sb3_boom.policies import BOOMPolicy
+from sb3_boom.episode_length import episode_length
+from sb3_boom.policies import BOOMPolicy, is_dog_sized
 
 if TYPE_CHECKING:
     from sb3_boom.boom import BOOM
@@ -51,6 +53,13 @@ def check_settings(model: "BOOM") -> None:
         value = getattr(model, name)
         if value != "auto" and (isinstance(value, str) or value < 0):
             raise ValueError(f'{name} must be "auto" or a number of at least 0, not {value!r}')
+        if name.endswith(("starts", "steps")) and value != "auto" and value != int(value):
+            raise ValueError(f"{name} counts steps: a whole number, not {value!r}")
+    if model.compile not in (True, False, "auto"):
+        raise ValueError(f'compile must be True, False or "auto", not {model.compile!r}')
+    bounds = model.action_space
+    if isinstance(bounds, spaces.Box) and not (bounds.low < bounds.high).all():
+        raise ValueError(f"every action needs low < high, unlike {bounds}: leave out the ones that are fixed")
     buffer_class = model.replay_buffer_class
     if buffer_class is not None and not issubclass(buffer_class, WeightedReplayBuffer):
         raise ValueError(
@@ -69,6 +78,39 @@ def _check_policy_kwargs(model: "BOOM") -> None:
     unknown = sorted(set(model.policy_kwargs) - set(choices))
     if unknown:
         raise ValueError(f"unknown policy_kwargs {', '.join(unknown)}: choose among {', '.join(choices)}")
+
+
+def resolve_auto(model: "BOOM") -> None:
+    """
+    Replace every "auto" among the settings by the paper's rule.
+
+    :param model: whose settings to change
+    """
+    length = episode_length(model.env)
+    if model.gamma == "auto":
+        model.gamma = 0.99 if length is None else float(np.clip((length / 5 - 1) / (length / 5), 0.95, 0.995))
+    if model.learning_starts == "auto":
+        model.learning_starts = 2500 if length is None else max(1000, 5 * length)
+    if model.pretrain_steps == "auto":
+        model.pretrain_steps = model.learning_starts
+    model.learning_starts, model.pretrain_steps = int(model.learning_starts), int(model.pretrain_steps)
+    if model.align_coef == "auto":
+        action_dim = int(np.prod(model.action_space.shape or ()))
+        model.align_coef = action_dim / (1000 if is_dog_sized(action_dim) else 50)
+
+
+def check_buffer(model: "BOOM") -> None:
+    """
+    :param model: whose replay buffer was loaded
+    :raises ValueError: for a buffer that is not one for this model
+    """
+    buffer = model.replay_buffer
+    if not isinstance(buffer, WeightedReplayBuffer):
+        raise ValueError(f"the replay buffer must be a WeightedReplayBuffer, not {type(buffer).__name__}")
+    for name in ("observation_space", "action_space", "n_envs"):
+        ours, theirs = getattr(model, name), getattr(buffer, name)
+        if ours != theirs:
+            raise ValueError(f"the replay buffer was filled with {name}={theirs}, the model has {ours}: it fits another one")
 
 
 def check_archive(path: str | pathlib.Path | io.BufferedIOBase) -> None:
@@ -131,6 +173,26 @@ def check_load_arguments(algorithm: type["BOOM"], kwargs: dict[str, Any]) -> Non
     unknown = sorted(set(kwargs) - set(known))
     if unknown:
         raise TypeError(f"BOOM.load() got unexpected arguments {', '.join(unknown)}: choose among {', '.join(known)}")
+
+
+@contextlib.contextmanager
+def misfit_named(path: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+    """
+    Say what loading can't change where torch says which tensors are missing.
+
+    :param path: of the archive loaded meanwhile
+    :param kwargs: constructor arguments to change when loading
+    :raises ValueError: if the archive's networks are others
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "state_dict" not in str(error):
+            raise
+        raise ValueError(
+            f"the networks in {path} are not those of {', '.join(kwargs) or 'its own settings'}: load without what changes "
+            "them, such as handle_terminations"
+        ) from error
 
 
 def warn_if_never_aligned(model: "BOOM", align_active: float) -> None:

@@ -12,7 +12,7 @@ import torch as th
 
 from sb3_boom import kernels
 
-MAX_GRAPHS = 64  # of one function in one process
+MAX_GRAPHS = 1024  # of one function in one process
 # glibc's mallopt(3): parameter and value. Blocks of up to 32 MiB, its limit, come from a heap of which 512 MiB may be free
 MALLOC_OPTIONS = ((-3, 2**25), (-1, 2**29))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
@@ -25,8 +25,9 @@ def compiled(function: Callable) -> Callable:
     :param function: a function of tensors, modules and constants without graph breaks
     :return: the compiled function, which compiles at its first call
     """
-    # a graph per model shape and number of environments: more than the eight that torch allows a function by default
-    th._dynamo.config.recompile_limit = max(th._dynamo.config.recompile_limit, MAX_GRAPHS)
+    # a graph per model shape, coefficient and number of environments: more than the eight that torch allows by default
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(th._dynamo.config, limit, max(getattr(th._dynamo.config, limit), MAX_GRAPHS))
     return th.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -84,8 +85,11 @@ def allow_tf32(device: th.device) -> None:
 
     :param device: where they are done; nothing changes for a CPU
     """
-    if device.type == "cuda" and th.get_float32_matmul_precision() == "highest":
-        th.set_float32_matmul_precision("high")
+    if device.type == "cuda":
+        # torch's newer settings, once used, make the older ones raise: then the user has chosen
+        with contextlib.suppress(RuntimeError):
+            if th.get_float32_matmul_precision() == "highest":
+                th.set_float32_matmul_precision("high")
 
 
 @contextlib.contextmanager

@@ -268,7 +268,7 @@ struct Shape {
     }
     tasks = std::max<int64_t>(std::min<int64_t>(at::get_num_threads(), rows / MIN_ROWS), 1);
     while ((rows + tasks - 1) / tasks > MAX_ROWS) tasks += at::get_num_threads();
-    chunk = (rows + tasks - 1) / tasks;
+    chunk = std::max<int64_t>((rows + tasks - 1) / tasks, 1);
     tasks = (rows + chunk - 1) / chunk;
   }
 
@@ -330,7 +330,7 @@ std::vector<Tensor> mlp_backward(
     const Tensor& grad, const Tensor& x, const Tensor& y, const Tensor& saved, TensorList weights, TensorList biases,
     TensorList norm_weights, OptionalTensor mask, OptionalTensor members, int64_t group, bool of_input, bool parameters) {
   const Shape s(x, weights, norm_weights.size(), members);
-  TORCH_CHECK(grad.is_contiguous() && (!parameters || !members.has_value()));
+  TORCH_CHECK(grad.is_contiguous() && s.rows > 0 && (!parameters || !members.has_value()));
   Tensor grad_x = at::empty(of_input ? x.sizes() : at::IntArrayRef{0}, x.options());
   std::vector<Tensor> results = {grad_x};
   for (TensorList group_of : {weights, biases, norm_weights, norm_weights})

@@ -10,6 +10,7 @@ class Meters:
         self._terms: dict[str, th.Tensor] = {}
         self._n_terms = 0
         self._seconds: dict[str, tuple[float, int]] = {}
+        self._started: set[str] = set()
 
     def add_terms(self, terms: dict[str, th.Tensor]) -> None:
         """
@@ -25,10 +26,15 @@ class Meters:
 
     def add_seconds(self, name: str, seconds: float, count: int) -> None:
         """
+        Count a duration, but for the first of its kind, which may include compiling.
+
         :param name: what took the time
         :param seconds: how long
         :param count: how many of it were done meanwhile
         """
+        if name not in self._started:
+            self._started.add(name)
+            return
         total, n = self._seconds.get(name, (0.0, 0))
         self._seconds[name] = (total + seconds, n + count)
 

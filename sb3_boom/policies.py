@@ -208,23 +208,20 @@ class BOOMPolicy(BasePolicy):
         )
 
     @property
-    def model_parameters(self) -> list[th.nn.Parameter]:
-        """Parameters that the model's optimizer steps: features extractor, world model, critics."""
-        return [parameter for group in self.model_optimizer.param_groups for parameter in group["params"]]
-
-    @property
     def compiler(self) -> Callable[[Callable], Callable]:
         """Turns a function into its compiled self, or returns it as it is, by the ``compile`` setting."""
         return choose_compiler(self.compile_setting, self.device)
 
     def train(self, mode: bool = True) -> "BOOMPolicy":
         """
-        Set the mode of the features extractor, the one part that may have layers to which it matters (dropout is drawn with
-        the other noise of an update). It changes twice a step, and to tell all the layers of the networks took milliseconds.
+        Set the mode. In this module's policies it matters to the features extractor alone, since dropout is drawn with the
+        other noise of an update; it changes twice a step, and to tell all the layers of the networks took milliseconds.
 
         :param mode: True to update, False to act
         :return: itself
         """
+        if type(self).__module__ != __name__:  # a policy of the user's own may have other layers
+            return super().train(mode)
         self.training = mode
         self.features_extractor.train(mode)
         return self
@@ -353,10 +350,22 @@ class BOOMPolicy(BasePolicy):
         """
         space = self.action_space
         assert isinstance(space, spaces.Box)
-        actions = self.unscale_action(scaled_actions.reshape(-1, *space.shape))
+        # as unscale_action, but small integer types would overflow there
+        low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+        actions = low + 0.5 * (scaled_actions.reshape(-1, *space.shape) + 1.0) * (high - low)
         if np.issubdtype(space.dtype, np.integer):
             actions = np.rint(actions)
         return np.clip(actions, space.low, space.high).astype(space.dtype)
+
+    def from_action_space(self, actions: np.ndarray) -> np.ndarray:
+        """
+        :param actions: ``[n, *action_space.shape]``
+        :return: scaled to [-1, 1], ``[n, A]``
+        """
+        space = self.action_space
+        assert isinstance(space, spaces.Box)
+        low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+        return np.clip(2.0 * (actions - low) / (high - low) - 1.0, -1.0, 1.0).astype(np.float32).reshape(len(actions), -1)
 
     # -------------------------------------------------- the policy without planning
 
@@ -417,8 +426,13 @@ class PolicyPrior:
         :param deterministic: the squashed mean instead of a sample
         :return: actions within the action space's bounds, and ``state``
         """
-        actions, state = BasePolicy.predict(self.policy, observation, state, episode_start, deterministic)
-        return actions.astype(self.policy.action_space.dtype), state
+        policy = self.policy
+        policy.set_training_mode(False)
+        _check_not_a_reset_tuple(observation)
+        obs, vectorized = policy.obs_to_tensor(observation)
+        with th.no_grad():
+            actions = policy.to_action_space(policy(obs, deterministic).cpu().numpy())
+        return actions if vectorized else actions[0], state
 
 
 def make_planner_config(

@@ -107,7 +107,7 @@ class MLP(nn.Sequential):
         )
         last = self[-1].activation if isinstance(self[-1], NormedLinear) else None
         group_size = last.group_size if isinstance(last, SimNorm) else 0
-        return kernels.mlp(x.flatten(0, -2), layers, group_size).view(*x.shape[:-1], -1)
+        return kernels.mlp(x.flatten(0, -2), layers, group_size).view(*x.shape[:-1], linear[-1].out_features)
 
 
 class EnsembleLinear(nn.Module):

@@ -144,6 +144,7 @@ def sample_boom_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
             model_size=trial.suggest_categorical("model_size", ["tiny", "1M"]),
             horizon=trial.suggest_int("horizon", 1, 5),
             n_samples_pow=trial.suggest_int("n_samples_pow", 5, 9),
+            n_iterations=trial.suggest_int("n_iterations", 2, 8),
             align_coef=trial.suggest_float("align_coef", 1e-3, 1.0, log=True),
             learning_rate=trial.suggest_float("learning_rate", 1e-4, 1e-3, log=True),
             rho=trial.suggest_float("rho", 0.3, 1.0),
@@ -154,13 +155,17 @@ def sample_boom_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
 def convert_boom_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
     :param sampled_params: a trial's parameters; ``n_samples_pow`` is the binary logarithm of the planner's samples, of which
-        an eighth are elites and a twentieth policy trajectories, as the paper's 512, 64 and 24
-    :return: arguments of :class:`sb3_boom.BOOM`
+        an eighth are elites and 3 in 64 policy trajectories, as the paper's 512, 64 and 24
+    :return: arguments of :class:`sb3_boom.BOOM`. Its planner_kwargs and policy_kwargs are whole: rl_zoo3 puts them in place of
+        the hyperparameter file's
     """
     hyperparams = dict(sampled_params)
     n_samples = 2 ** hyperparams.pop("n_samples_pow")
     hyperparams["planner_kwargs"] = dict(
-        n_samples=n_samples, n_elites=n_samples // 8, n_policy_samples=max(1, n_samples // 20)
+        n_samples=n_samples,
+        n_elites=n_samples // 8,
+        n_policy_samples=n_samples * 3 // 64,
+        n_iterations=hyperparams.pop("n_iterations"),
     )
     hyperparams["policy_kwargs"] = dict(model_size=hyperparams.pop("model_size"))
     return hyperparams

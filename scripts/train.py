@@ -90,11 +90,15 @@ def main() -> None:
     steps = args.steps or int(entry["n_timesteps"])
     folder = args.folder or ROOT / "logs" / f"{args.env.replace('/', '-')}-seed{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    env = zoo.make_env(args.env, entry, args.seed, entry.get("n_envs", 1), monitor_dir=str(folder))
+    csv = args.csv or folder / "evaluations.csv"
+    if not args.random:  # what an earlier run left here would stand beside this one's
+        for old in (*folder.glob("*.monitor.csv"), *([] if args.csv else [csv])):
+            old.unlink(missing_ok=True)
+    monitor_dir = None if args.random else str(folder)
+    env = zoo.make_env(args.env, entry, args.seed, entry.get("n_envs", 1), monitor_dir)
     # another number of environments would be another plan to compile
     eval_env = zoo.make_env(args.env, entry, args.seed + 1000, n_envs=args.eval_envs or env.num_envs)
 
-    csv = args.csv or folder / "evaluations.csv"
     if args.random:
         mean, _ = evaluate_policy(RandomActions(eval_env, args.seed), eval_env, args.eval_episodes)  # type: ignore[arg-type]
         assert isinstance(mean, float)
@@ -117,13 +121,13 @@ def main() -> None:
 
     print(f"planner:      mean return {np.mean(evaluations.planner_returns[-1]):.1f} over {args.eval_episodes} episodes")
     print(f"policy prior: mean return {np.mean(evaluations.prior_returns[-1]):.1f} over {args.eval_episodes} episodes")
-    for what, name in (
-        ("model", "model.zip"),
-        ("learning curve", "learning_curve.png"),
-        ("training episodes", "0.monitor.csv"),
+    for what, path in (
+        ("model", folder / "model.zip"),
+        ("learning curve", folder / "learning_curve.png"),
+        ("training episodes", folder / "0.monitor.csv"),
         ("evaluations", evaluations.path),
     ):
-        print(f"{what + ':':18} {folder / name}")
+        print(f"{what + ':':18} {path}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,13 @@ from rl_zoo3.utils import StoreDict
 from sb3_boom import zoo
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
 def benchmark(arguments: list[str], cpu: bool) -> None:
     """
     :param arguments: of ``run`` or ``report``
@@ -25,15 +32,15 @@ def benchmark(arguments: list[str], cpu: bool) -> None:
     run.add_argument("--tasks", nargs="+", default=[], metavar="ENV", help="environment ids, besides the suite's")
     run.add_argument("--variants", nargs="+", choices=sorted(runner.VARIANTS), default=["release"])
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    run.add_argument("--jobs", type=int, default=1, help="runs side by side, which share the cores (default: 1)")
+    run.add_argument("--jobs", type=_positive, default=1, help="runs side by side, which share the cores (default: 1)")
     one = commands.add_parser("one", help="one run of a grid")
     one.add_argument("--task", required=True)
     one.add_argument("--variant", default="release", choices=sorted(runner.VARIANTS))
     one.add_argument("--seed", type=int, default=0)
     for command in (run, one):
-        command.add_argument("--steps", type=int, required=True, help="agent steps of a run")
-        command.add_argument("--eval-freq", type=int, default=10_000, help="agent steps between evaluations")
-        command.add_argument("--eval-episodes", type=int, default=10)
+        command.add_argument("--steps", type=_positive, required=True, help="agent steps of a run")
+        command.add_argument("--eval-freq", type=_positive, default=10_000, help="agent steps between evaluations")
+        command.add_argument("--eval-episodes", type=_positive, default=10)
         command.add_argument("--csv", type=Path, default=Path("logs/benchmark/results.csv"), help="where rows are appended")
         command.add_argument("--folder", type=Path, default=Path("logs/benchmark"), help="for checkpoints and logs")
         command.add_argument("-conf", "--conf-file", type=Path, help="hyperparameter file")

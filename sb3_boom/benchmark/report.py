@@ -136,7 +136,7 @@ def write(paths: Sequence[Path], output: Path) -> list[str]:
 
     :param paths: CSVs of benchmarks
     :param output: the Markdown page
-    :return: what was wrong with lines of the CSVs, which were skipped
+    :return: what was left out: lines of the CSVs that are no rows, variants whose seeds were evaluated at different steps
     :raises ValueError: for a file that is no benchmark CSV, or if there is no row at all
     """
     table: list[Row] = []
@@ -149,7 +149,10 @@ def write(paths: Sequence[Path], output: Path) -> list[str]:
         raise ValueError(f"no evaluation in {', '.join(map(str, paths))}")
     output.parent.mkdir(parents=True, exist_ok=True)
     last = last_rows(table)
-    tasks = list(dict.fromkeys(task for task, _ in last))
+    for task, variant in dict.fromkeys((row.task, row.variant) for row in table):
+        if (task, variant) not in last:
+            problems.append(f"{task} {variant}: its seeds have no step in common; it is in the curves alone")
+    tasks = list(dict.fromkeys(row.task for row in table))
     lines = ["# Results", "", "Last evaluation that all seeds of a row reached; mean and standard deviation over seeds.", ""]
     lines += ["| task | variant | agent steps | env steps | seeds | planner | policy prior | each seed's planner |"]
     lines += ["|---|---|--:|--:|--:|--:|--:|---|"]

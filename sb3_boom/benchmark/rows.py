@@ -87,7 +87,9 @@ def read(path: Path) -> tuple[list[Row], list[str]]:
     problems = []
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames is None or list(reader.fieldnames) != list(Row._fields):
+        if reader.fieldnames is None:
+            return [], []  # nothing in it yet
+        if list(reader.fieldnames) != list(Row._fields):
             raise ValueError(f"{path} is no benchmark CSV: its columns must be {','.join(Row._fields)}")
         for record in reader:
             try:
@@ -139,7 +141,12 @@ def revision() -> str:
     """:return: the commit of the package's repository, else its version"""
     folder = Path(__file__).parent
     command = ["git", "describe", "--always", "--dirty"]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if not (folder.parents[1] / ".git").exists():  # installed; a repository further up is another project's
+        return sb3_boom.__version__
+    try:
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return sb3_boom.__version__
     return result.stdout.strip() or sb3_boom.__version__
 
 

@@ -1,5 +1,6 @@
 """One run of a benchmark, which goes on where it was interrupted, and a grid of them side by side."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sb3_boom import BOOM, zoo
 from sb3_boom.benchmark import rows
@@ -69,12 +72,16 @@ def train_one(
     settings = zoo.settings_of_the_model(entry)
     env = zoo.make_env(task, entry, seed, entry.get("n_envs", 1))
     eval_env = zoo.make_env(task, entry, seed + 1000, n_eval_episodes)
-    (action_dim,) = env.action_space.shape  # type: ignore[misc]
+    action_dim = int(np.prod(env.action_space.shape or ()))
     for name, value in VARIANTS[variant].items():
         settings[name] = value(action_dim) if callable(value) else value
     settings["buffer_size"] = min(settings.get("buffer_size", 1_000_000), steps)  # it never holds more
 
+    _claim(folder, dict(settings, steps=steps, csv=str(csv.resolve())))
     checkpoint = folder / "checkpoint"
+    for whole in (folder / "checkpoint-new", folder / "checkpoint-old"):  # killed between the two renames of _save
+        if not checkpoint.exists() and (whole / "wall_s").exists():
+            whole.rename(checkpoint)
     if checkpoint.exists():
         model = BOOM.load(checkpoint / "model", env=env)
         model.load_replay_buffer(checkpoint / "replay_buffer")
@@ -89,7 +96,25 @@ def train_one(
         model.learn(until - model.num_timesteps, callback=log, reset_num_timesteps=False)
         log.evaluate()  # first the row, then the checkpoint: a row that is there already is not written twice
         _save(model, log.wall_s, checkpoint)
-    (folder / "done").touch()
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """
+    Refuse to go on with a run that was started with other settings.
+
+    :param folder: the run's own
+    :param settings: of the model, and where and how far the run goes
+    :raises ValueError: if the folder belongs to a run with other settings
+    """
+    path = folder / "settings.json"
+    ours = json.loads(json.dumps(settings, default=repr))
+    theirs = json.loads(path.read_text()) if path.exists() else ours
+    differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if differing:
+        changes = ", ".join(f"{name} was {theirs.get(name)}, is {ours.get(name)}" for name in differing)
+        raise ValueError(f"{folder} holds a run with other settings ({changes}): take another --folder, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(ours, indent=2) + "\n")
 
 
 def _save(model: BOOM, wall_s: float, checkpoint: Path) -> None:
