@@ -479,8 +479,11 @@ class BOOM(OffPolicyAlgorithm):
         :param truncate_last_traj: unused, as with SB3's own ReplayBuffer: an open episode is closed by the next reset
         :raises ValueError: for a buffer of another kind, of other spaces or of another number of environments
         """
+        before = self.replay_buffer
         super().load_replay_buffer(path, truncate_last_traj)
-        check_buffer(self)
+        loaded, self.replay_buffer = self.replay_buffer, before
+        check_buffer(self, loaded)
+        self.replay_buffer = loaded
         assert self.replay_buffer is not None
         self.replay_buffer.horizon = self.horizon
         self.replay_buffer.move_storage()

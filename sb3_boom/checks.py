@@ -99,12 +99,12 @@ def resolve_auto(model: "BOOM") -> None:
         model.align_coef = action_dim / (1000 if is_dog_sized(action_dim) else 50)
 
 
-def check_buffer(model: "BOOM") -> None:
+def check_buffer(model: "BOOM", buffer: Any) -> None:
     """
-    :param model: whose replay buffer was loaded
+    :param model: whose replay buffer it is to be
+    :param buffer: what was loaded
     :raises ValueError: for a buffer that is not one for this model
     """
-    buffer = model.replay_buffer
     if not isinstance(buffer, WeightedReplayBuffer):
         raise ValueError(f"the replay buffer must be a WeightedReplayBuffer, not {type(buffer).__name__}")
     for name in ("observation_space", "action_space", "n_envs"):

@@ -33,6 +33,7 @@ from sb3_boom import BOOM
         (dict(planner="random"), "planner must be one of mppi, cem"),
         (dict(compile="maybe"), "compile"),
         (dict(learning_starts="later"), "learning_starts"),
+        (dict(pretrain_steps=1.5), "pretrain_steps counts steps"),
         (dict(optimize_memory_usage=True), "optimize_memory_usage=False"),
         (dict(n_steps=3), "n_steps=1"),
         (dict(use_sde=True), "use_sde=False"),
@@ -44,6 +45,13 @@ def test_wrong_setting_is_a_value_error_that_says_what_to_change(arguments, mess
     with pytest.raises(ValueError, match=message):
         model = BOOM("MlpPolicy", "Pendulum-v1", **{**TINY, **arguments})
         model.predict(model.env.reset())
+
+
+def test_action_that_can_take_one_value_only_is_refused():
+    env = SpoiltEnv()
+    env.action_space = spaces.Box(np.array([-1.0, 0.5], np.float32), np.array([1.0, 0.5], np.float32))
+    with pytest.raises(ValueError, match="low < high"):
+        BOOM("MlpPolicy", env, **TINY)
 
 
 def test_unknown_constructor_argument_is_a_type_error():

@@ -169,6 +169,44 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(monkeypatch, capsys):
     assert len(table()) == 1
 
 
+def test_a_folder_is_not_gone_on_with_under_other_settings(monkeypatch, capsys):
+    run = [*RUN, "--seeds", "0", "--eval-freq", "20", *QUICK]
+    assert command(monkeypatch, *run, "--steps", "20") == 0
+    log = Path("logs/benchmark/Pendulum-v1_release_0/log.txt")
+    for change, message in (
+        (["--steps", "40"], "steps was 20, is 40"),
+        (["--steps", "20", "--csv", "other.csv"], "other.csv"),
+        (["--steps", "40", "-params", *QUICK[1:], "tau:0.5"], "tau was 0.05, is 0.5"),
+    ):
+        assert command(monkeypatch, *run, *change) == 1
+        assert message in log.read_text().splitlines()[-1]
+    assert len(table()) == 1 and not Path("other.csv").exists()
+
+
+def test_a_checkpoint_survives_a_kill_between_its_two_renames(monkeypatch):
+    def train(steps: int) -> None:
+        runner.train_one("Pendulum-v1", "release", 0, 60, steps, Path("results.csv"), Path("run"), file, 1, overrides)
+
+    file, overrides = zoo.hyperparams_file(True), {**SMALL, **OTHERS}
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.name == "checkpoint-new" and len(table()) == 2:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(20)
+    assert not Path("run/checkpoint").exists()
+    monkeypatch.setattr(Path, "rename", rename)
+    saved = []
+    load = runner.BOOM.load
+    monkeypatch.setattr(runner.BOOM, "load", lambda *args, **kwargs: saved.append(load(*args, **kwargs)) or saved[0])
+    train(20)
+    assert len(saved) == 1 and [row.agent_steps for row in table()] == [20, 40, 60]
+
+
 @pytest.mark.parametrize("variant", runner.VARIANTS)
 def test_variants_are_settings_of_the_model(variant, monkeypatch):
     made = []
@@ -187,6 +225,7 @@ def test_variants_are_settings_of_the_model(variant, monkeypatch):
         (["run", "--steps", "10"], "no task"),
         (["run", "--steps", "10", "--tasks", "Pendulum-v9"], "Pendulum"),
         (["run", "--steps", "10", "--suite", "none"], "invalid choice"),
+        (["run", "--steps", "10", "--jobs", "0", "--suite", "dmc6"], "--jobs: must be at least 1"),
         (["report", "missing.csv"], "missing.csv"),
     ],
 )

@@ -22,10 +22,11 @@ from stable_baselines3.common.callbacks import (
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
-from stable_baselines3.common.vec_env import SubprocVecEnv
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 from stable_baselines3.her import HerReplayBuffer
 
 from sb3_boom import BOOM
+from sb3_boom.callbacks import PlannerPriorEvalCallback
 
 PENDULUM = "Pendulum-v1"
 
@@ -36,6 +37,29 @@ def short_pendulum() -> gym.Env:
 
 def make_model(env=None, **kwargs) -> BOOM:
     return BOOM("MlpPolicy", env or short_pendulum(), **{**TINY, **kwargs})
+
+
+def test_evaluation_uses_the_training_environments_normalisation():
+    env = VecNormalize(make_vec_env(PENDULUM))
+    eval_env = VecNormalize(make_vec_env(PENDULUM), training=False, norm_reward=False)
+    callback = PlannerPriorEvalCallback(eval_env, n_eval_episodes=1, eval_freq=30)
+    make_model(env).learn(30, callback=callback)
+    assert env.obs_rms.count > 30 and eval_env.obs_rms.count == env.obs_rms.count
+    assert np.array_equal(eval_env.obs_rms.mean, env.obs_rms.mean)
+
+
+def test_a_callbacks_stop_closes_the_episode():
+    """SB3 stops before it stores the step: what is learned later must not follow on the step before."""
+
+    class Stop(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.num_timesteps != 10  # where the episode ends, too
+
+    model = make_model()
+    model.learn(40, callback=Stop())
+    assert model.num_timesteps == 10 and model.replay_buffer.size() == 9
+    model.learn(10, reset_num_timesteps=False)
+    assert (model.replay_buffer._storage["final_slot"][8] >= 1).all()
 
 
 class Counter(BaseCallback):

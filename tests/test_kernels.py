@@ -155,3 +155,15 @@ def test_unfit_inputs_are_refused():
         th.ops.sb3_boom.mlp(th.randn(4, 7), weights, biases, [], [], None, th.tensor([2]), 0, False)
     with pytest.raises(RuntimeError):
         th.ops.sb3_boom.mlp(th.randn(4, 6), weights, biases, [], [], None, None, 0, False)
+
+
+@pytest.mark.parametrize("name", ["plain head", "simplices", "ensemble"])
+def test_no_rows_are_no_work(monkeypatch, name):
+    """A planner without policy trajectories."""
+    network, shape = make_network(name), (0, 7) if name == "ensemble" else (1, 0, 7)
+    outputs = []
+    for usable in (False, True):
+        monkeypatch.setattr(kernels, "usable", lambda x, usable=usable: usable)
+        with th.no_grad():
+            outputs.append(network(th.zeros(shape)))
+    assert outputs[0].shape == outputs[1].shape

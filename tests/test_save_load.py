@@ -73,6 +73,51 @@ def test_constructor_arguments_override_when_loading(model, tmp_path):
     assert loaded.policy.model_optimizer.param_groups[1]["lr"] == 1e-5
 
 
+def test_encoders_part_of_the_learning_rate_can_be_changed_when_loading(model, tmp_path):
+    model.save(tmp_path / "model")
+    loaded = BOOM.load(tmp_path / "model", env=gym.make(PENDULUM), encoder_lr_scale=0.9)
+    loaded.learn(25)
+    encoder, others = loaded.policy.model_optimizer.param_groups
+    assert encoder["lr"] == pytest.approx(0.9 * others["lr"])
+
+
+def test_changed_networks_are_refused(model, tmp_path):
+    model.save(tmp_path / "model")
+    with pytest.raises(ValueError, match="handle_terminations"):
+        BOOM.load(tmp_path / "model", handle_terminations=False)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "episode"])
+def test_loaded_without_its_buffer_a_model_plans_but_waits_for_data(model, sampling, tmp_path):
+    model.save(tmp_path / "model")
+    env = make_vec_env(PENDULUM, env_kwargs=dict(max_episode_steps=30))
+    loaded = BOOM.load(tmp_path / "model", env=env, replay_buffer_kwargs=dict(sampling=sampling))
+    done = loaded._n_updates
+    loaded.learn(19)
+    assert loaded._n_updates == done and loaded.replay_buffer._storage["steps"][0, 0, 2] < 7.0  # the planner's std
+    loaded.learn(21, reset_num_timesteps=False)
+    assert loaded._n_updates == done + (21 if sampling == "uniform" else 11)  # the first episode ends at step 30
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [(dict(n_envs=2), "n_envs=2"), (dict(env_id="InvertedPendulum-v5"), "observation_space")]
+)
+def test_buffer_of_another_model_is_refused(model, settings, message, tmp_path):
+    env = make_vec_env(settings.get("env_id", PENDULUM), n_envs=settings.get("n_envs", 1))
+    BOOM("MlpPolicy", env, **TINY).learn(8).save_replay_buffer(tmp_path / "buffer")
+    with pytest.raises(ValueError, match=message):
+        model.load_replay_buffer(tmp_path / "buffer")
+
+
+def test_buffers_windows_are_as_long_as_the_models_horizon(model, tmp_path):
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = BOOM.load(tmp_path / "model", env=gym.make(PENDULUM), horizon=2)
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    done = loaded._n_updates
+    assert loaded.learn(3)._n_updates == done + 3
+
+
 def test_changed_policy_kwargs_are_refused(model, tmp_path):
     model.save(tmp_path / "model")
     with pytest.raises(ValueError, match="policy kwargs"):

@@ -15,6 +15,7 @@ from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize, VecTra
 
 from sb3_boom import BOOM, MlpPolicy
 from sb3_boom.augmentation import random_shift
+from sb3_boom.policies import PolicyPrior
 
 SMALL_IMAGES = dict(TINY, buffer_size=200)
 
@@ -218,6 +219,38 @@ def test_updates_train_and_predictions_evaluate_the_networks():
     for predict in (model.predict, model.prior.predict):
         predict(obs)
     assert th.equal(norm.running_mean, after)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64])
+def test_integer_actions_reach_their_bounds(dtype):
+    low, high = (0, 9) if dtype == np.int64 else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    policy = BOOM("MlpPolicy", AnySpaceEnv(spaces.Box(-1, 1, (3,)), spaces.Box(low, high, (1,), dtype)), **TINY).policy
+    assert policy.to_action_space(np.array([[-1.0], [0.99], [1.0]])).ravel().tolist() == [
+        low,
+        round(high - 0.005 * (high - low)),
+        high,
+    ]
+    actions = np.array([[low], [high]], dtype)
+    assert policy.from_action_space(actions).ravel().tolist() == [-1.0, 1.0]
+    with th.no_grad():
+        policy.actor.net[-1].bias[:] = 100.0  # squashed to 1
+    assert PolicyPrior(policy).predict(np.zeros(3, np.float32), deterministic=True)[0] == high
+
+
+class DroppingPolicy(MlpPolicy):
+    """A policy whose own layers know modes."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.world_model.encoder.append(th.nn.Dropout(0.5))
+
+
+def test_layers_of_ones_own_policy_are_told_the_mode():
+    model = BOOM(DroppingPolicy, AnySpaceEnv(spaces.Box(-1, 1, (3,))), **TINY)
+    model.policy.set_training_mode(False)
+    assert not model.policy.world_model.encoder[-1].training
+    model.policy.set_training_mode(True)
+    assert model.policy.world_model.encoder[-1].training
 
 
 class OwnPolicy(MlpPolicy):

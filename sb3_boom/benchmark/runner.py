@@ -77,12 +77,13 @@ def train_one(
         settings[name] = value(action_dim) if callable(value) else value
     settings["buffer_size"] = min(settings.get("buffer_size", 1_000_000), steps)  # it never holds more
 
-    _claim(folder, dict(settings, steps=steps, csv=str(csv.resolve())))
+    identity = json.dumps(dict(settings, steps=steps, csv=str(csv.resolve())), default=repr, indent=2)
     checkpoint = folder / "checkpoint"
     for whole in (folder / "checkpoint-new", folder / "checkpoint-old"):  # killed between the two renames of _save
         if not checkpoint.exists() and (whole / "wall_s").exists():
             whole.rename(checkpoint)
     if checkpoint.exists():
+        _check_same(checkpoint, identity)
         model = BOOM.load(checkpoint / "model", env=env)
         model.load_replay_buffer(checkpoint / "replay_buffer")
         wall_s = float((checkpoint / "wall_s").read_text())
@@ -95,37 +96,40 @@ def train_one(
         until = min((model.num_timesteps // eval_freq + 1) * eval_freq, steps)
         model.learn(until - model.num_timesteps, callback=log, reset_num_timesteps=False)
         log.evaluate()  # first the row, then the checkpoint: a row that is there already is not written twice
-        _save(model, log.wall_s, checkpoint)
+        _save(model, log.wall_s, identity, checkpoint)
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
+def _check_same(checkpoint: Path, settings: str) -> None:
     """
-    Refuse to go on with a run that was started with other settings.
-
-    :param folder: the run's own
-    :param settings: of the model, and where and how far the run goes
-    :raises ValueError: if the folder belongs to a run with other settings
+    :param checkpoint: of an interrupted run
+    :param settings: of the run that would go on from it, as :func:`_save` got them
+    :raises ValueError: if they are others
     """
-    path = folder / "settings.json"
-    ours = json.loads(json.dumps(settings, default=repr))
-    theirs = json.loads(path.read_text()) if path.exists() else ours
-    differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-    if differing:
+    path = checkpoint / "settings.json"
+    if path.exists() and path.read_text() != settings:
+        theirs, ours = json.loads(path.read_text()), json.loads(settings)
+        differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         changes = ", ".join(f"{name} was {theirs.get(name)}, is {ours.get(name)}" for name in differing)
-        raise ValueError(f"{folder} holds a run with other settings ({changes}): take another --folder, or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(ours, indent=2) + "\n")
+        raise ValueError(f"{checkpoint} is of a run with other settings ({changes}): take another --folder, or remove it")
 
 
-def _save(model: BOOM, wall_s: float, checkpoint: Path) -> None:
-    """Replace the checkpoint in one step. :param model: what to save :param wall_s: with it :param checkpoint: where to"""
+def _save(model: BOOM, wall_s: float, settings: str, checkpoint: Path) -> None:
+    """
+    Replace the checkpoint; killed at any point, one that is whole stays.
+
+    :param model: what to save
+    :param wall_s: seconds that the run took
+    :param settings: of the run, as JSON
+    :param checkpoint: where to
+    """
     fresh, old = (checkpoint.with_name(f"checkpoint-{name}") for name in ("new", "old"))
     for folder in (fresh, old):
         shutil.rmtree(folder, ignore_errors=True)
     fresh.mkdir(parents=True)
     model.save(fresh / "model")
     model.save_replay_buffer(fresh / "replay_buffer")
-    (fresh / "wall_s").write_text(f"{wall_s:.2f}")
+    (fresh / "settings.json").write_text(settings)
+    (fresh / "wall_s").write_text(f"{wall_s:.2f}")  # last: it tells that the checkpoint is whole
     if checkpoint.exists():
         checkpoint.rename(old)
     fresh.rename(checkpoint)
