@@ -48,7 +48,8 @@ evidence: .venv/.installed
 	$(call curves,inverted-pendulum-pixels,$(PIXELS) --random)
 	$(call curves,hopper,--env Hopper-v5 --eval-freq 10000)
 	$(call curves,hopper,--env Hopper-v5 --eval-freq 10000 -params handle_terminations:False)
-	$(call curves,cartpole-swingup,--env dm_control/cartpole-swingup-v0 --eval-freq 10000)
+	$(BIN)/sb3-boom benchmark run --suite dmc6 --cpu --steps 50000 --seeds 0 1 2 --jobs 2 \
+		--csv benchmarks/results/dmc6.csv --folder logs/dmc6
 
 clean:
 	rm -rf .venv logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
