@@ -254,6 +254,14 @@ def test_report_stands_beside_published_results():
     assert Path("docs/page-dm_control-cartpole-swingup-v0.png").stat().st_size > 10_000
 
 
+def test_report_names_what_has_no_step_in_common():
+    for seed, step in ((0, 10_000), (1, 10_002)):
+        rows.append(Path("results.csv"), [ROW._replace(seed=seed, agent_steps=step)])
+    (problem,) = report.write([Path("results.csv")], Path("page.md"))
+    assert "Pendulum-v1 release" in problem and "no step in common" in problem
+    assert "![Pendulum-v1]" in Path("page.md").read_text()
+
+
 def test_published_curves_are_found_for_every_task_of_the_suites():
     for suite in runner.SUITES.values():
         for task in suite:

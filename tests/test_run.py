@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 from sb3_boom import BOOM, losses
 from sb3_boom.callbacks import PlannerPriorEvalCallback
 from sb3_boom.episode_length import episode_length
+from sb3_boom.meters import Meters
 
 
 class TargetEnv(gym.Env):
@@ -351,3 +352,10 @@ def test_updates_leave_no_graph_behind():
     assert counts[-1] <= counts[1]
     for tensor in (*model.policy.critic_target.parameters(), model.policy.q_scale, *model.meters._terms.values()):
         assert tensor.grad_fn is None
+
+
+def test_time_of_compiling_is_not_a_steps_time():
+    meters = Meters()
+    for seconds in (30.0, 0.01, 0.03):
+        meters.add_seconds("plan", seconds, 1)
+    assert meters.milliseconds() == {"plan": pytest.approx(20.0)}
