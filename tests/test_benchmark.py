@@ -262,6 +262,17 @@ def test_report_names_what_has_no_step_in_common():
     assert "![Pendulum-v1]" in Path("page.md").read_text()
 
 
+def test_runs_of_different_lengths_are_compared_at_the_shorter_ones_end(monkeypatch, capsys):
+    for variant, steps in (("release", (10_000, 20_000)), ("none", (10_000,))):
+        for step in steps:
+            rows.append(Path("results.csv"), [ROW._replace(variant=variant, agent_steps=step, planner_return=step / 100)])
+    assert command(monkeypatch, "benchmark", "report", "results.csv", "--out", "page.md", "--until", "10000") == 0
+    page = Path("page.md").read_text()
+    assert "| release | 10,000 |" in page and "| none | 10,000 |" in page and "20,000" not in page
+    assert command(monkeypatch, "benchmark", "report", "results.csv", "--out", "page.md", "--until", "9999") != 0
+    assert "no evaluation up to step 9999" in capsys.readouterr().err
+
+
 def test_published_curves_are_found_for_every_task_of_the_suites():
     for suite in runner.SUITES.values():
         for task in suite:

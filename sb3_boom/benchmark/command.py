@@ -49,10 +49,11 @@ def benchmark(arguments: list[str], cpu: bool) -> None:
     page = commands.add_parser("report", help="a Markdown page with tables and curves, beside published results")
     page.add_argument("csv", nargs="+", type=Path, help="CSVs of benchmark run")
     page.add_argument("--out", type=Path, default=Path("logs/benchmark/report.md"))
+    page.add_argument("--until", type=_positive, help="agent steps: leave out later evaluations, of longer runs")
     args = parser.parse_args(arguments)
 
     if args.command == "report":
-        problems = report.write(args.csv, args.out)
+        problems = report.write(args.csv, args.out, args.until)
         print(f"wrote {args.out}")
         for problem in problems:
             print(problem, file=sys.stderr)

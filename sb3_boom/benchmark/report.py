@@ -130,12 +130,13 @@ def last_rows(table: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     return result
 
 
-def write(paths: Sequence[Path], output: Path) -> list[str]:
+def write(paths: Sequence[Path], output: Path, until: int | None = None) -> list[str]:
     """
     Write ``output`` and, beside it, a curve per task as PNG.
 
     :param paths: CSVs of benchmarks
     :param output: the Markdown page
+    :param until: agent steps beyond which evaluations are left out, to compare runs of different lengths; default: none
     :return: what was left out: lines of the CSVs that are no rows, variants whose seeds were evaluated at different steps
     :raises ValueError: for a file that is no benchmark CSV, or if there is no row at all
     """
@@ -143,10 +144,11 @@ def write(paths: Sequence[Path], output: Path) -> list[str]:
     problems: list[str] = []
     for path in paths:
         found, wrong = rows.read(path)
-        table += found
+        table += [row for row in found if until is None or row.agent_steps <= until]
         problems += wrong
     if not table:
-        raise ValueError(f"no evaluation in {', '.join(map(str, paths))}")
+        within = "" if until is None else f" up to step {until}"
+        raise ValueError(f"no evaluation{within} in {', '.join(map(str, paths))}")
     output.parent.mkdir(parents=True, exist_ok=True)
     last = last_rows(table)
     for task, variant in dict.fromkeys((row.task, row.variant) for row in table):
