@@ -39,6 +39,24 @@ class SubTrajectories(NamedTuple):
     indices: th.Tensor
 
 
+class Episodes(NamedTuple):
+    """
+    The finished episodes longer than ``horizon``, rows counted from the oldest one.
+
+    :param begin: first rows ``[n]``
+    :param end: last rows ``[n]``
+    :param env_index: environments ``[n]``
+    :param horizon: what they were found for
+    :param lasts: how many rows may be overwritten until one of them is too short
+    """
+
+    begin: th.Tensor
+    end: th.Tensor
+    env_index: th.Tensor
+    horizon: int
+    lasts: int
+
+
 class WeightedReplayBuffer(ReplayBuffer):
     """
     Replay buffer for BOOM: draws windows of consecutive steps.
@@ -105,6 +123,8 @@ class WeightedReplayBuffer(ReplayBuffer):
         self._last_next_obs: dict[str, np.ndarray] = {}
         self._last_slots = np.empty(0, dtype=np.int32)
         self._episode_open = np.zeros(self.n_envs, dtype=bool)
+        self._episodes: Episodes | None = None  # None: to be found anew
+        self._n_overwritten = 0  # rows since they were found
 
     # ------------------------------------------------------------------ storing
 
@@ -140,6 +160,7 @@ class WeightedReplayBuffer(ReplayBuffer):
         pos = self.pos
         if self.full:
             self._free(self._storage["final_slot"][pos].cpu().numpy())
+            self._n_overwritten += 1
         slots = np.arange(self.n_envs, dtype=np.int32)  # the newest row's next observation has its environment's own slot
         ended = done.nonzero()[0]
         if len(ended):
@@ -224,7 +245,8 @@ class WeightedReplayBuffer(ReplayBuffer):
         self._write("final_slot", self.pos - 1, last_slots)
 
     def _take_slots(self, n: int) -> np.ndarray:
-        """Reserve ``n`` places for final observations, growing the store where episodes are short."""
+        """Reserve ``n`` places for the final observations of ended episodes, growing the store where these are short."""
+        self._episodes = None
         if n > len(self._free_slots):
             size = len(next(iter(self._final_observations.values())))
             extra = max(n, size // 2)
@@ -306,10 +328,18 @@ class WeightedReplayBuffer(ReplayBuffer):
 
     def can_sample(self) -> bool:
         """Whether there is anything to draw from: with ``sampling="episode"`` a finished episode that is long enough."""
-        return self.sampling == "uniform" or (self.size() > 0 and len(self._finished_episodes()[0]) > 0)
+        return self.sampling == "uniform" or (self.size() > 0 and len(self._finished_episodes().begin) > 0)
 
-    def _finished_episodes(self) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """First and last row, counted from the oldest, and environment of those longer than ``horizon``, ``[n]`` each."""
+    def _finished_episodes(self) -> Episodes:
+        """Those to draw from; looked for, which waits for the device, only when they may be others than the last time."""
+        known = self._episodes
+        if known is None or known.horizon != self.horizon or self._n_overwritten > known.lasts:
+            known = self._find_finished_episodes()
+            self._episodes, self._n_overwritten = known, 0
+        gone = self._n_overwritten
+        return known._replace(begin=(known.begin - gone).clamp(min=0), end=known.end - gone)
+
+    def _find_finished_episodes(self) -> Episodes:
         first = self.pos if self.full else 0  # the oldest row
         slots = self._storage["final_slot"].roll(-first, 0)[: self.size()].t()  # [n_envs, size], oldest first
         env_index, end = (slots >= self.n_envs).nonzero(as_tuple=True)
@@ -317,21 +347,24 @@ class WeightedReplayBuffer(ReplayBuffer):
         new_env = th.cat([env_index.new_full((1,), -1), env_index[:-1]]) != env_index
         begin = th.where(new_env, 0, previous_end + 1)
         long_enough = end - begin + 1 > self.horizon
-        return begin[long_enough], end[long_enough], env_index[long_enough]
+        begin, end, env_index = begin[long_enough], end[long_enough], env_index[long_enough]
+        lasts = int(end.min()) - self.horizon if len(end) else self.buffer_size
+        return Episodes(begin, end, env_index, self.horizon, lasts)
 
     def _draw_by_episode(self, batch_size: int) -> tuple[th.Tensor, th.Tensor]:
         """First rows and environments of windows inside uniformly drawn finished episodes, ``[B]`` each."""
-        begin, end, env_index = self._finished_episodes()
+        begin, end, env_index, *_ = self._finished_episodes()
         if len(begin) == 0:
             raise ValueError(
                 f'sampling="episode" found no finished episode longer than horizon={self.horizon}: '
                 'collect one first (learning_starts), or use sampling="uniform"'
             )
         episode = th.randint(len(begin), (batch_size,), device=begin.device)
-        n_windows = (end - begin + 2 - self.horizon)[episode]
+        begin = begin[episode]
+        n_windows = end[episode] - begin + 2 - self.horizon
         offset = (th.rand(batch_size, device=begin.device) * n_windows).long().clamp(max=n_windows - 1)
         first = self.pos if self.full else 0
-        return (begin[episode] + offset + first) % self.buffer_size, env_index[episode]
+        return (begin + offset + first) % self.buffer_size, env_index[episode]
 
     def _observations(self, key: str, rows: th.Tensor, slots: th.Tensor) -> th.Tensor:
         """
@@ -375,9 +408,9 @@ class WeightedReplayBuffer(ReplayBuffer):
         if self.value_temperature is None:
             return
         stored = self._flat("values")
-        mask = valid.squeeze(-1).to(stored.device)
-        scaled = (values / scale).squeeze(-1).to(stored.device)
-        stored[indices.to(stored.device)[mask]] = scaled[mask].to(stored.dtype)
+        # an invalid step writes what its window's first one, which is valid, does: to select would wait for the device
+        indices, scaled = (th.where(valid.squeeze(-1), x, x[0]) for x in (indices, (values / scale).squeeze(-1)))
+        stored[indices.to(stored.device)] = scaled.to(stored.device, stored.dtype)
 
     def _mean_value(self) -> th.Tensor | float:
         """Mean value of what is stored: what new transitions start from."""
@@ -391,15 +424,17 @@ class WeightedReplayBuffer(ReplayBuffer):
         super().reset()
         self._storage, self._final_observations, self._last_next_obs = {}, {}, {}
         self._episode_open = np.zeros(self.n_envs, dtype=bool)
+        self._episodes = None
 
     def move_storage(self) -> None:
         """Move what is stored to where the samples go, if it fits there: a pickled buffer comes back on the CPU."""
         device = self._storage_device(sum(tensor.nbytes for tensor in self._storage.values()))
         for name in ("_storage", "_final_observations"):
             setattr(self, name, {key: tensor.to(device) for key, tensor in getattr(self, name).items()})
+        self._episodes = None
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
+        state = dict(self.__dict__, _episodes=None)
         for name in ("_storage", "_final_observations"):
             state[name] = {key: tensor.cpu().numpy() for key, tensor in state[name].items()}
         return state

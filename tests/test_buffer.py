@@ -160,6 +160,23 @@ def test_drawing_by_episode_works_after_wrap_around_and_needs_a_finished_episode
     recorder.check(batch)
 
 
+@given(st.data())
+def test_episodes_known_from_the_last_draw_are_those_found_anew(data):
+    n_envs, horizon = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
+    recorder = Recorder(data.draw(st.integers(4, 9)), n_envs, horizon=horizon, sampling="episode")
+    for step in data.draw(st.lists(st.tuples(*[fates] * n_envs), min_size=5, max_size=40)):
+        recorder.add(*step)
+        if data.draw(st.booleans()):
+            continue
+        windows = []
+        for buffer in (recorder.buffer, copy.deepcopy(recorder.buffer)):  # a copy knows of none
+            th.manual_seed(0)
+            windows.append(buffer.sample(8).indices if buffer.can_sample() else None)
+        assert (windows[0] is None) == (windows[1] is None)
+        if windows[0] is not None:
+            assert windows[0].tolist() == windows[1].tolist()
+
+
 def test_weighted_drawing_follows_the_values():
     recorder = Recorder(10, 2, value_temperature=0.5)
     for _ in range(5):
@@ -184,8 +201,9 @@ def test_new_entries_carry_the_mean_value_and_invalid_steps_refresh_none():
     recorder.buffer.update_values(indices, th.tensor([[[2.0], [6.0]]]), valid, scale=th.tensor(2.0))
     recorder.add(GO)
     assert values[:3, 0].tolist() == [1.0, 3.0, 2.0]
-    recorder.buffer.update_values(indices, th.full((1, 2, 1), th.nan), ~valid, scale=2.0)
-    assert values[:3, 0].tolist() == [1.0, 3.0, 2.0]
+    values_of_a_window, valid = th.tensor([[[8.0]], [[th.nan]]]), th.tensor([[[True]], [[False]]])
+    recorder.buffer.update_values(th.tensor([[0], [1]]), values_of_a_window, valid, scale=2.0)
+    assert values[:3, 0].tolist() == [4.0, 3.0, 2.0]
 
 
 def test_without_a_plan_the_action_stands_for_it_with_a_wide_std():

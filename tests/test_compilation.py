@@ -133,15 +133,33 @@ class Waiting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_nothing_waits_for_the_device(models):
-    """Neither a plan, nor drawing a batch, nor an update."""
-    model, _ = models
+@pytest.mark.parametrize("drawing", [{}, {"value_temperature": 1.0}, {"sampling": "episode"}], ids=str)
+def test_nothing_waits_for_the_device(drawing):
+    """Neither a plan, nor drawing a batch, nor an update; but for the first batch after an episode's end, drawn by episode."""
+    model = BOOM("MlpPolicy", "Pendulum-v1", **dict(TINY, replay_buffer_kwargs=drawing)).learn(210)
     obs, _ = model.policy.obs_to_tensor(observations(2))
     with Waiting():
         model.policy.plan(obs, model.policy.initial_mean(2))
         model.train(2, 16)
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
             model.policy.q_scale.item()
+
+
+@pytest.mark.parametrize("drawing", [{}, {"value_temperature": 1.0}], ids=str)
+def test_everything_is_on_the_models_device(drawing):
+    """Shown where tensors have no data: an operation that meets one of the CPU's there, other than a number, raises."""
+    model = BOOM("MlpPolicy", "Pendulum-v1", **dict(TINY, replay_buffer_kwargs=drawing)).learn(60)
+    policy_kwargs = dict(TINY["policy_kwargs"], optimizer_kwargs=dict(fused=False))  # Adam is not fused there
+    with th.device("meta"):
+        elsewhere = BOOM("MlpPolicy", "Pendulum-v1", **dict(TINY, device="meta", policy_kwargs=policy_kwargs))
+    policy, buffer = elsewhere.policy, model.replay_buffer
+    for store in (buffer._storage, buffer._final_observations):
+        store.update({key: tensor.to("meta") for key, tensor in store.items()})
+    buffer.device, elsewhere.replay_buffer = elsewhere.device, buffer
+    elsewhere.set_logger(model.logger)
+    elsewhere.train(2, 16)
+    plan = policy.plan(th.zeros(2, 3, device="meta"), policy.initial_mean(2))
+    assert {tensor.device.type for tensor in (*plan, *elsewhere.meters._terms.values())} == {"meta"}
 
 
 def test_tf32_is_for_gpus_and_keeps_what_is_coarser():
