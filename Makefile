@@ -39,6 +39,7 @@ define curves
 		--seed {} --csv benchmarks/results/$(1).csv $(2)
 endef
 PIXELS := --env InvertedPendulum-v5 --hyperparams zoo_hyperparams/boom-pixels.yml
+VARIANTS := forward_kl reverse_kl none uniform no_warmup coef_A/1000
 evidence: .venv/.installed
 	mkdir -p logs benchmarks/results
 	$(call curves,inverted-pendulum,--env InvertedPendulum-v5 --steps 10000 --eval-freq 2500)
@@ -50,6 +51,9 @@ evidence: .venv/.installed
 	$(call curves,hopper,--env Hopper-v5 --eval-freq 10000 -params handle_terminations:False)
 	$(BIN)/sb3-boom benchmark run --suite dmc6 --cpu --steps 50000 --seeds 0 1 2 --jobs 2 \
 		--csv benchmarks/results/dmc6.csv --folder logs/dmc6
+	$(BIN)/sb3-boom benchmark run --tasks dm_control/cheetah-run-v0 dm_control/finger-spin-v0 --variants $(VARIANTS) --cpu \
+		--steps 20000 --seeds 0 1 2 --jobs 2 --csv benchmarks/results/ablation.csv --folder logs/ablation
+	$(BIN)/sb3-boom benchmark report benchmarks/results/dmc6.csv benchmarks/results/ablation.csv --out docs/results.md
 
 clean:
 	rm -rf .venv logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -268,7 +268,8 @@ def test_runs_of_different_lengths_are_compared_at_the_shorter_ones_end(monkeypa
             rows.append(Path("results.csv"), [ROW._replace(variant=variant, agent_steps=step, planner_return=step / 100)])
     assert command(monkeypatch, "benchmark", "report", "results.csv", "--out", "page.md", "--until", "10000") == 0
     page = Path("page.md").read_text()
-    assert "| release | 10,000 |" in page and "| none | 10,000 |" in page and "20,000" not in page
+    assert "| release | 10,000 | 10 | 1 | 100.0 | -1300.2 |" in page  # a seed alone has no deviation
+    assert "| none | 10,000 |" in page and "20,000" not in page
     assert command(monkeypatch, "benchmark", "report", "results.csv", "--out", "page.md", "--until", "9999") != 0
     assert "no evaluation up to step 9999" in capsys.readouterr().err
 

@@ -163,7 +163,7 @@ def write(paths: Sequence[Path], output: Path, until: int | None = None) -> list
         each = ", ".join(f"{value:.0f}" for value in planner)
         lines.append(
             f"| {task} | {variant} | {runs[0].agent_steps:,} | {runs[0].env_steps:,} | {len(runs)} "
-            f"| {planner.mean():.1f} ± {planner.std():.1f} | {prior.mean():.1f} ± {prior.std():.1f} | {each} |"
+            f"| {_mean_and_std(planner)} | {_mean_and_std(prior)} | {each} |"
         )
     lines += _beside_published(last)
     lines += _aggregates(last)
@@ -176,6 +176,10 @@ def write(paths: Sequence[Path], output: Path, until: int | None = None) -> list
     lines += ["", f"Revisions: {', '.join(revisions)}. Versions: {'; '.join(sorted({row.versions for row in table}))}."]
     output.write_text("\n".join(lines) + "\n")
     return problems
+
+
+def _mean_and_std(returns: np.ndarray) -> str:
+    return f"{returns.mean():.1f}" + (f" ± {returns.std():.1f}" if len(returns) > 1 else "")
 
 
 def _beside_published(last: dict[tuple[str, str], list[Row]]) -> list[str]:
