@@ -49,7 +49,7 @@ evidence: .venv/.installed
 	$(call curves,inverted-pendulum-pixels,$(PIXELS) --random)
 	$(call curves,hopper,--env Hopper-v5 --eval-freq 10000)
 	$(call curves,hopper,--env Hopper-v5 --eval-freq 10000 -params handle_terminations:False)
-	$(BIN)/sb3-boom benchmark run --suite dmc6 --cpu --steps 50000 --seeds 0 1 2 --jobs 2 \
+	$(BIN)/sb3-boom benchmark run --suite dmc6 --variants release forward_kl --cpu --steps 50000 --seeds 0 1 2 --jobs 2 \
 		--csv benchmarks/results/dmc6.csv --folder logs/dmc6
 	$(BIN)/sb3-boom benchmark run --tasks dm_control/cheetah-run-v0 dm_control/finger-spin-v0 --variants $(VARIANTS) --cpu \
 		--steps 20000 --seeds 0 1 2 --jobs 2 --csv benchmarks/results/ablation.csv --folder logs/ablation
