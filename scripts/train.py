@@ -20,7 +20,7 @@ from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_boom import BOOM, zoo
-from sb3_boom.benchmark import rows
+from sb3_boom.benchmark import rows, runner
 from sb3_boom.benchmark.rows import EvaluationLog, Row
 from sb3_boom.callbacks import PlannerPriorEvalCallback
 
@@ -109,7 +109,7 @@ def main() -> None:
     if args.no_compile:
         settings["compile"] = False
     model = BOOM(env=env, seed=args.seed, verbose=1, **settings)
-    variant = " ".join(f"{key}:{value}" for key, value in args.params.items()) or "release"
+    variant = " ".join(f"{key}:{value}" for key, value in args.params.items()) or runner.own_variant(entry)
     evaluations = EvaluationLog(
         eval_env, csv, (args.env, variant, args.seed), args.eval_episodes, args.eval_freq // env.num_envs
     )

@@ -207,6 +207,18 @@ def test_a_checkpoint_survives_a_kill_between_its_two_renames(monkeypatch):
     assert len(saved) == 1 and [row.agent_steps for row in table()] == [20, 40, 60]
 
 
+def test_a_run_without_a_variant_has_the_name_of_its_alignment(monkeypatch):
+    Path("own.yml").write_text("Pendulum-v1:\n  policy: MlpPolicy\n  alignment: forward_kl\n")
+    run = [*RUN, "--seeds", "0", "--steps", "30", "--eval-freq", "30"]
+    assert command(monkeypatch, *run, "--conf-file", "own.yml", *QUICK) == 0
+    assert command(monkeypatch, *run, "--conf-file", "own.yml", "--variants", "release", *QUICK) == 0
+    assert command(monkeypatch, *run, "--conf-file", "own.yml", *QUICK, "alignment:'none'") == 0
+    assert [row.variant for row in table()] == ["forward_kl", "release", "none"]
+    for variant in ("forward_kl", "release", "none"):
+        folder = runner.run_folder(Path("logs/benchmark"), "Pendulum-v1", variant, 0)
+        assert runner.BOOM.load(folder / "checkpoint" / "model").alignment == variant
+
+
 @pytest.mark.parametrize("variant", runner.VARIANTS)
 def test_variants_are_settings_of_the_model(variant, monkeypatch):
     made = []
@@ -249,7 +261,7 @@ def test_report_stands_beside_published_results():
     assert report.write([Path("results.csv")], Path("docs/page.md")) == []
     page = Path("docs/page.md").read_text()
     assert f"| {task} | release | 50,000 | 100,000 | 3 | 850.0 ± 40.8 |" in page  # the step that all seeds reached
-    assert "| 850 | 839 | 864 | 770 |" in page  # at the same env steps: TD-MPC2, its rerun, BMPC
+    assert f"| {task} | release | 100,000 | 850 | 839 | 864 | 770 |" in page  # at the same env steps: TD-MPC2, its rerun, BMPC
     assert "| release | 1 | 3 | 0.850 | 0.800 to 0.900 | 0.850 |" in page
     assert Path("docs/page-dm_control-cartpole-swingup-v0.png").stat().st_size > 10_000
 
@@ -272,6 +284,15 @@ def test_runs_of_different_lengths_are_compared_at_the_shorter_ones_end(monkeypa
     assert "| none | 10,000 |" in page and "20,000" not in page
     assert command(monkeypatch, "benchmark", "report", "results.csv", "--out", "page.md", "--until", "9999") != 0
     assert "no evaluation up to step 9999" in capsys.readouterr().err
+
+
+def test_report_shows_the_tasks_that_it_was_asked_for(monkeypatch, capsys):
+    for task in ("Pendulum-v1", "InvertedPendulum-v5"):
+        rows.append(Path("results.csv"), [ROW._replace(task=task)])
+    assert command(monkeypatch, "benchmark", "report", "results.csv", "--out", "page.md", "--tasks", "Pendulum-v1") == 0
+    assert "| Pendulum-v1 |" in Path("page.md").read_text() and "Inverted" not in Path("page.md").read_text()
+    assert command(monkeypatch, "benchmark", "report", "results.csv", "--tasks", "Pendulum-v2") != 0
+    assert "no evaluation of Pendulum-v2" in capsys.readouterr().err
 
 
 def test_published_curves_are_found_for_every_task_of_the_suites():

@@ -30,12 +30,12 @@ def benchmark(arguments: list[str], cpu: bool) -> None:
     run = commands.add_parser("run", help="train a grid of tasks, variants and seeds; go on where it was interrupted")
     run.add_argument("--suite", choices=sorted(runner.SUITES), help="a list of tasks")
     run.add_argument("--tasks", nargs="+", default=[], metavar="ENV", help="environment ids, besides the suite's")
-    run.add_argument("--variants", nargs="+", choices=sorted(runner.VARIANTS), default=["release"])
+    run.add_argument("--variants", nargs="+", choices=sorted(runner.VARIANTS), help="default: each entry's own alignment")
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--jobs", type=_positive, default=1, help="runs side by side, which share the cores (default: 1)")
     one = commands.add_parser("one", help="one run of a grid")
     one.add_argument("--task", required=True)
-    one.add_argument("--variant", default="release", choices=sorted(runner.VARIANTS))
+    one.add_argument("--variant", choices=sorted(runner.VARIANTS), help="default: the entry's own alignment")
     one.add_argument("--seed", type=int, default=0)
     for command in (run, one):
         command.add_argument("--steps", type=_positive, required=True, help="agent steps of a run")
@@ -49,11 +49,12 @@ def benchmark(arguments: list[str], cpu: bool) -> None:
     page = commands.add_parser("report", help="a Markdown page with tables and curves, beside published results")
     page.add_argument("csv", nargs="+", type=Path, help="CSVs of benchmark run")
     page.add_argument("--out", type=Path, default=Path("logs/benchmark/report.md"))
+    page.add_argument("--tasks", nargs="+", metavar="ENV", help="leave out all others")
     page.add_argument("--until", type=_positive, help="agent steps: leave out later evaluations, of longer runs")
     args = parser.parse_args(arguments)
 
     if args.command == "report":
-        problems = report.write(args.csv, args.out, args.until)
+        problems = report.write(args.csv, args.out, args.tasks, args.until)
         print(f"wrote {args.out}")
         for problem in problems:
             print(problem, file=sys.stderr)
@@ -61,10 +62,15 @@ def benchmark(arguments: list[str], cpu: bool) -> None:
 
     hyperparams = args.conf_file or zoo.hyperparams_file(cpu)
     zoo.register()
+
+    def own_variant(task: str) -> str:
+        return runner.own_variant(zoo.entry(hyperparams, task) | args.params)
+
     if args.command == "one":
-        folder = runner.run_folder(args.folder, args.task, args.variant, args.seed)
+        variant = args.variant or own_variant(args.task)
+        folder = runner.run_folder(args.folder, args.task, variant, args.seed)
         runner.train_one(
-            args.task, args.variant, args.seed, args.steps, args.eval_freq, args.csv, folder, hyperparams,
+            args.task, variant, args.seed, args.steps, args.eval_freq, args.csv, folder, hyperparams,
             args.eval_episodes, args.params,
         )  # fmt: skip
         return
@@ -76,6 +82,7 @@ def benchmark(arguments: list[str], cpu: bool) -> None:
     further = ["--eval-freq", str(args.eval_freq), "--eval-episodes", str(args.eval_episodes), "--conf-file", str(hyperparams)]
     if args.params:
         further += ["-params", *(f"{key}:{value!r}" for key, value in args.params.items())]
-    failed = runner.run_grid(tasks, args.variants, args.seeds, args.steps, args.jobs, args.csv, args.folder, further)
+    grid = [(task, variant) for task in tasks for variant in args.variants or [own_variant(task)]]
+    failed = runner.run_grid(grid, args.seeds, args.steps, args.jobs, args.csv, args.folder, further)
     if failed:
         raise ValueError(f"{failed} runs failed; the same command takes them up again")

@@ -130,12 +130,13 @@ def last_rows(table: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     return result
 
 
-def write(paths: Sequence[Path], output: Path, until: int | None = None) -> list[str]:
+def write(paths: Sequence[Path], output: Path, only: Sequence[str] | None = None, until: int | None = None) -> list[str]:
     """
     Write ``output`` and, beside it, a curve per task as PNG.
 
     :param paths: CSVs of benchmarks
     :param output: the Markdown page
+    :param only: environment ids of the tasks to show; default: all
     :param until: agent steps beyond which evaluations are left out, to compare runs of different lengths; default: none
     :return: what was left out: lines of the CSVs that are no rows, variants whose seeds were evaluated at different steps
     :raises ValueError: for a file that is no benchmark CSV, or if there is no row at all
@@ -144,10 +145,10 @@ def write(paths: Sequence[Path], output: Path, until: int | None = None) -> list
     problems: list[str] = []
     for path in paths:
         found, wrong = rows.read(path)
-        table += [row for row in found if until is None or row.agent_steps <= until]
+        table += [row for row in found if (not only or row.task in only) and (until is None or row.agent_steps <= until)]
         problems += wrong
     if not table:
-        within = "" if until is None else f" up to step {until}"
+        within = (f" of {', '.join(only)}" if only else "") + ("" if until is None else f" up to step {until}")
         raise ValueError(f"no evaluation{within} in {', '.join(map(str, paths))}")
     output.parent.mkdir(parents=True, exist_ok=True)
     last = last_rows(table)
@@ -183,18 +184,19 @@ def _mean_and_std(returns: np.ndarray) -> str:
 
 
 def _beside_published(last: dict[tuple[str, str], list[Row]]) -> list[str]:
-    tasks = [task for task, variant in last if variant == "release" and published_curves(task)]
-    if not tasks:
+    published = {task: curves for task, _ in last if (curves := published_curves(task))}
+    if not published:
         return []
-    names = [name for name in NAMES.values() if any(c.algorithm == name for task in tasks for c in published_curves(task))]
+    names = [name for name in NAMES.values() if any(c.algorithm == name for curves in published.values() for c in curves)]
     lines = ["", "## Beside published means, at the same env steps", ""]
-    lines += [f"| task | env steps | ours | {' | '.join(names)} |", f"|---|--:|--:|{'--:|' * len(names)}"]
-    for task in tasks:
-        runs = last[task, "release"]
-        at = {curve.algorithm: curve.at(runs[0].env_steps) for curve in published_curves(task)}
+    lines += [f"| task | variant | env steps | ours | {' | '.join(names)} |", f"|---|---|--:|--:|{'--:|' * len(names)}"]
+    for (task, variant), runs in last.items():
+        if task not in published:
+            continue
+        at = {curve.algorithm: curve.at(runs[0].env_steps) for curve in published[task]}
         cells = [f"{at[name]:.0f}" if np.isfinite(at.get(name, np.nan)) else "" for name in names]
         ours = np.mean([row.planner_return for row in runs])
-        lines.append(f"| {task} | {runs[0].env_steps:,} | {ours:.0f} | {' | '.join(cells)} |")
+        lines.append(f"| {task} | {variant} | {runs[0].env_steps:,} | {ours:.0f} | {' | '.join(cells)} |")
     return [*lines, "", "Published values are means over seeds, without the seeds: they are shown, not resampled."]
 
 

@@ -27,7 +27,7 @@ class Row(NamedTuple):
     One evaluation.
 
     :param task: environment id, as in the hyperparameter file
-    :param variant: what differs from the file's settings; "release" for nothing
+    :param variant: what differs from the file's settings; its own alignment, such as "release", for nothing
     :param seed: of the run
     :param agent_steps: decisions until then
     :param env_steps: simulation steps until then, by the action repeat

@@ -30,7 +30,7 @@ SUITES: dict[str, tuple[str, ...]] = {
 }
 # variant: settings that differ from the file's; a function gets the number of action dimensions
 VARIANTS: dict[str, dict[str, Any]] = {
-    "release": {},
+    "release": {"alignment": "release"},
     "forward_kl": {"alignment": "forward_kl"},
     "reverse_kl": {"alignment": "reverse_kl"},
     "none": {"alignment": "none"},
@@ -39,6 +39,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "coef_A/1000": {"align_coef": lambda action_dim: action_dim / 1000},
     "coef_A/50": {"align_coef": lambda action_dim: action_dim / 50},
 }
+
+
+def own_variant(entry: dict[str, Any]) -> str:
+    """
+    :param entry: of a hyperparameter file
+    :return: the variant that changes nothing of it: its alignment
+    """
+    return entry.get("alignment", "release")
 
 
 def train_one(
@@ -148,8 +156,7 @@ def run_folder(folder: Path, task: str, variant: str, seed: int) -> Path:
 
 
 def run_grid(
-    tasks: Sequence[str],
-    variants: Sequence[str],
+    tasks: Sequence[tuple[str, str]],
     seeds: Iterable[int],
     steps: int,
     jobs: int,
@@ -160,8 +167,7 @@ def run_grid(
     """
     Train a grid, ``jobs`` runs side by side, each in a process of its own; those that are done are left out.
 
-    :param tasks: environment ids
-    :param variants: keys of :data:`VARIANTS`
+    :param tasks: environment ids, each with a key of :data:`VARIANTS`
     :param seeds: of the runs
     :param steps: agent steps of a run
     :param jobs: runs side by side, which share the cores
@@ -171,7 +177,7 @@ def run_grid(
     :return: number of runs that failed
     """
     done = {row.run for row in rows.read(csv)[0] if row.agent_steps >= steps} if csv.exists() else set()
-    grid = [(task, variant, seed) for seed in seeds for task in tasks for variant in variants]
+    grid = [(task, variant, seed) for seed in seeds for task, variant in tasks]
     todo = [run for run in grid if run not in done]
     print(f"{len(grid)} runs, {len(grid) - len(todo)} of them done, {jobs} side by side", flush=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
