@@ -14,6 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from sb3_boom import losses
@@ -84,7 +85,8 @@ class BOOM(OffPolicyAlgorithm):
     :param encoder_lr_scale: the encoder's learning rate as a part of ``learning_rate``
     :param max_grad_norm: The maximum value for the gradient clipping, of either optimizer
     :param alignment: how the policy is taught by the planner: "release" (default, the program behind the published
-        curves), "forward_kl" (the paper's formula), "reverse_kl" or "none"
+        curves; it is off while the Q scale ``S`` is at most 2, see ``train/align_active``), "forward_kl" (the paper's
+        formula), "reverse_kl" or "none"
     :param align_coef: weight of the alignment. Default "auto": A/1000 for 24 <= A <= 48 action dimensions, else A/50
     :param align_weighting: "softmax" (soft value weights, default) or "uniform" over the batch
     :param align_temperature: ``τ_w``, temperature of the soft value weights; lower favours high values more
@@ -308,7 +310,7 @@ class BOOM(OffPolicyAlgorithm):
                 if not rollout.continue_training:
                     self._last_obs = None  # SB3 has not stored the last step: go on from a reset
                     break
-                if self._has_enough_data():
+                if self._has_enough_data() and self.replay_buffer.can_sample():
                     self._pretrain()
                     gradient_steps = self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
                     if gradient_steps > 0:
@@ -473,20 +475,19 @@ class BOOM(OffPolicyAlgorithm):
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """
-        Load a replay buffer from a pickle file. Its windows become as long as the model's ``horizon``.
+        Load a replay buffer from a pickle file. It draws by the model's ``horizon`` and ``replay_buffer_kwargs`` then.
 
         :param path: Path to the pickled replay buffer.
         :param truncate_last_traj: unused, as with SB3's own ReplayBuffer: an open episode is closed by the next reset
         :raises ValueError: for a buffer of another kind, of other spaces or of another number of environments
         """
-        before = self.replay_buffer
-        super().load_replay_buffer(path, truncate_last_traj)
-        loaded, self.replay_buffer = self.replay_buffer, before
-        check_buffer(self, loaded)
-        self.replay_buffer = loaded
         assert self.replay_buffer is not None
-        self.replay_buffer.horizon = self.horizon
-        self.replay_buffer.move_storage()
+        loaded = load_from_pkl(path, self.verbose)
+        check_buffer(self, loaded)
+        loaded.device = self.device  # it was pickled with its own
+        loaded.draw_like(self.replay_buffer)
+        loaded.move_storage()
+        self.replay_buffer = loaded
         self._enough_data = False
 
     @classmethod
@@ -515,7 +516,7 @@ class BOOM(OffPolicyAlgorithm):
         :raises TypeError: for an argument that the constructor does not have
         """
         check_archive(path)
-        check_load_arguments(BOOM, kwargs)
+        check_load_arguments(cls.__mro__[: cls.__mro__.index(BOOM) + 1], kwargs)
         with misfit_named(path, kwargs):
             model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         model.policy.model_optimizer.param_groups[0]["lr_scale"] = model.encoder_lr_scale  # the archive has its own

@@ -189,12 +189,21 @@ class WeightedReplayBuffer(ReplayBuffer):
             self.full, self.pos = True, 0
 
     def _as_rows(self, obs: np.ndarray | dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Observations by key ("" where the space is no Dict), as they are stored, ``[n_envs, ...]``, always a copy."""
+        """
+        Observations by key ("" where the space is no Dict), as they are stored, ``[n_envs, ...]``, always a copy.
+
+        :raises ValueError: for images with their channels last under a wrapper that puts them first
+        """
         by_key = obs if isinstance(obs, dict) else {"": obs}
         shapes = self.obs_shape if isinstance(self.obs_shape, dict) else {"": self.obs_shape}
         rows = {}
         for key, shape in shapes.items():
             value = np.asarray(by_key[key])
+            if value.ndim == 4 and value.shape[1:] != shape:
+                raise ValueError(
+                    f"images of shape {value.shape[1:]} do not fit the observation space's {shape}. VecNormalize keeps them "
+                    "as they were before VecTransposeImage: wrap the other way round, VecNormalize(VecTransposeImage(env))"
+                )
             dtype = np.dtype(np.float32) if value.dtype == np.float64 else value.dtype
             rows[key] = np.array(value, dtype=dtype).reshape(self.n_envs, *shape)
         return rows
@@ -425,6 +434,18 @@ class WeightedReplayBuffer(ReplayBuffer):
         self._storage, self._final_observations, self._last_next_obs = {}, {}, {}
         self._episode_open = np.zeros(self.n_envs, dtype=bool)
         self._episodes = None
+
+    def draw_like(self, other: "WeightedReplayBuffer") -> None:
+        """
+        Draw as another buffer does. Values that were not kept so far start alike.
+
+        :param other: whose ``horizon``, ``sampling`` and ``value_temperature`` to take
+        """
+        self.horizon, self.sampling, self.value_temperature = other.horizon, other.sampling, other.value_temperature
+        if self.value_temperature is None:
+            self._storage.pop("values", None)
+        elif self._storage:
+            self._storage.setdefault("values", th.zeros(self.buffer_size, self.n_envs))
 
     def move_storage(self) -> None:
         """Move what is stored to where the samples go, if it fits there: a pickled buffer comes back on the CPU."""

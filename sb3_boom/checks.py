@@ -4,10 +4,12 @@ import contextlib
 import inspect
 import io
 import json
+import math
+import numbers
 import pathlib
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,12 +30,22 @@ SLOW_ON_CPU = 4_000_000  # parameters
 GATE_WARNING_STEPS = 50_000
 # arguments of the policy that the algorithm passes on
 OWNED_BY_BOOM = ("encoder_lr_scale", "handle_terminations", "planner", "planner_kwargs", "horizon", "gamma", "compile")
+WHOLE_NUMBERS = {"buffer_size": 1, "batch_size": 1, "horizon": 1, "learning_starts": 0, "pretrain_steps": 0}  # lowest
+# lowest and highest of the others; those in POSITIVE may not be 0 either
+RANGES = {
+    "tau": (0.0, 1.0),
+    "gamma": (0.0, 1.0),
+    **dict.fromkeys(("consistency_coef", "reward_coef", "value_coef", "termination_coef", "align_coef"), (0.0, math.inf)),
+    **dict.fromkeys(("rho", "ent_coef", "encoder_lr_scale", "align_temperature", "max_grad_norm"), (0.0, math.inf)),
+}
+POSITIVE = ("tau", "align_temperature", "max_grad_norm")
+AUTO = ("learning_starts", "pretrain_steps", "gamma", "align_coef")
 
 
 def check_settings(model: "BOOM") -> None:
     """
     :param model: whose settings to check, before anything is built with them
-    :raises ValueError: for settings that are unsupported or contradict each other
+    :raises ValueError: for settings that are unsupported, out of range or contradict each other
     """
     unsupported = {
         "optimize_memory_usage": (False, "the replay buffer stores every observation once as it is"),
@@ -46,17 +58,20 @@ def check_settings(model: "BOOM") -> None:
     for name, choices in (("alignment", losses.ALIGNMENTS), ("align_weighting", losses.ALIGN_WEIGHTINGS)):
         if getattr(model, name) not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(model, name)!r}")
-    for name in ("align_temperature", "batch_size", "max_grad_norm"):
-        if getattr(model, name) <= 0:
-            raise ValueError(f"{name} must be positive, not {getattr(model, name)}")
-    for name in ("learning_starts", "pretrain_steps", "gamma", "align_coef"):
-        value = getattr(model, name)
-        if value != "auto" and (isinstance(value, str) or value < 0):
-            raise ValueError(f'{name} must be "auto" or a number of at least 0, not {value!r}')
-        if name.endswith(("starts", "steps")) and value != "auto" and value != int(value):
-            raise ValueError(f"{name} counts steps: a whole number, not {value!r}")
-    if model.compile not in (True, False, "auto"):
+    for name in (*WHOLE_NUMBERS, *RANGES):
+        _check_number(name, getattr(model, name))
+    for name in ("handle_terminations", "align_warmup", "tf32"):
+        if not isinstance(getattr(model, name), bool):
+            raise ValueError(f"{name} must be True or False, not {getattr(model, name)!r}")
+    if not isinstance(model.compile, bool) and model.compile != "auto":
         raise ValueError(f'compile must be True, False or "auto", not {model.compile!r}')
+    widest = (model.planner_kwargs or {}).get("max_std", 0.0)
+    if not model.align_warmup and widest >= losses.PLANNED_STD:
+        raise ValueError(
+            f"align_warmup=False needs max_std below {losses.PLANNED_STD:.2f}, not {widest}: a random action has more"
+        )
+    if "horizon" in model.replay_buffer_kwargs:
+        raise ValueError("horizon: pass to BOOM itself, not in replay_buffer_kwargs")
     bounds = model.action_space
     if isinstance(bounds, spaces.Box) and not (bounds.low < bounds.high).all():
         raise ValueError(f"every action needs low < high, unlike {bounds}: leave out the ones that are fixed")
@@ -69,10 +84,29 @@ def check_settings(model: "BOOM") -> None:
     _check_policy_kwargs(model)
 
 
+def _check_number(name: str, value: Any) -> None:
+    if name in AUTO and value == "auto":
+        return
+    or_auto = ' or "auto"' if name in AUTO else ""
+    if name == "ent_coef" and isinstance(value, str):
+        or_auto = ": BOOM does not tune it by itself as SAC does"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} must be a number{or_auto}, not {value!r}")
+    low, high = RANGES.get(name, (WHOLE_NUMBERS.get(name, 0), math.inf))
+    if not low <= float(value) <= high or (name in POSITIVE and value == low):
+        bounds = f"above {low:g}" if name in POSITIVE else f"at least {low:g}"
+        bounds += "" if math.isinf(high) else f" and at most {high:g}"
+        raise ValueError(f"{name} must be {bounds}{or_auto}, not {value!r}")
+    if name in WHOLE_NUMBERS and value % 1 != 0:
+        raise ValueError(f"{name} must be a whole number{or_auto}, not {value!r}")
+
+
 def _check_policy_kwargs(model: "BOOM") -> None:
     misplaced = [name for name in OWNED_BY_BOOM if name in model.policy_kwargs]
     if misplaced:
         raise ValueError(f"{', '.join(misplaced)}: pass to BOOM itself, not in policy_kwargs")
+    if "lr" in (model.policy_kwargs.get("optimizer_kwargs") or {}):
+        raise ValueError("lr: pass learning_rate to BOOM itself, not in optimizer_kwargs")
     known = dict(inspect.signature(BOOMPolicy).parameters) | dict(inspect.signature(model.policy_class).parameters)
     choices = [name for name in known if name not in (*OWNED_BY_BOOM, "observation_space", "action_space", "lr_schedule")]
     unknown = sorted(set(model.policy_kwargs) - set(choices))
@@ -93,7 +127,8 @@ def resolve_auto(model: "BOOM") -> None:
         model.learning_starts = 2500 if length is None else max(1000, 5 * length)
     if model.pretrain_steps == "auto":
         model.pretrain_steps = model.learning_starts
-    model.learning_starts, model.pretrain_steps = int(model.learning_starts), int(model.pretrain_steps)
+    for name in WHOLE_NUMBERS:
+        setattr(model, name, int(getattr(model, name)))
     if model.align_coef == "auto":
         action_dim = int(np.prod(model.action_space.shape or ()))
         model.align_coef = action_dim / (1000 if is_dog_sized(action_dim) else 50)
@@ -163,16 +198,17 @@ def check_finite(values: Any, what: str, step: int, env_index: int | None = None
         )
 
 
-def check_load_arguments(algorithm: type["BOOM"], kwargs: dict[str, Any]) -> None:
+def check_load_arguments(classes: Sequence[type], kwargs: dict[str, Any]) -> None:
     """
-    :param algorithm: whose constructor knows the names
+    :param classes: the model's and its bases up to BOOM, whose constructors know the names
     :param kwargs: constructor arguments to change when loading
-    :raises TypeError: for a name that the constructor does not have
+    :raises TypeError: for a name that no constructor has
     """
-    known = inspect.signature(algorithm).parameters
+    known = dict.fromkeys(name for cls in classes for name in inspect.signature(cls).parameters)
     unknown = sorted(set(kwargs) - set(known))
     if unknown:
-        raise TypeError(f"BOOM.load() got unexpected arguments {', '.join(unknown)}: choose among {', '.join(known)}")
+        name = classes[0].__name__
+        raise TypeError(f"{name}.load() got unexpected arguments {', '.join(unknown)}: choose among {', '.join(known)}")
 
 
 @contextlib.contextmanager

@@ -33,15 +33,16 @@ options:
 USER_ERRORS = (ValueError, TypeError, AssertionError, ImportError, OSError, gym.error.Error)
 
 
-def fail(message: object, status: int = 2) -> NoReturn:
+def fail(message: object, status: int = 2, hint: str = "") -> NoReturn:
     """
     End the program with one line.
 
     :param message: what is wrong
     :param status: the exit status
+    :param hint: what else to say in this line
     """
     lines = str(message).strip().splitlines() or [repr(message)]
-    print(f"sb3-boom: {lines[0]}", file=sys.stderr)
+    print(f"sb3-boom: {lines[0]}{hint}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -187,7 +188,10 @@ def main() -> None:
     except USER_ERRORS as error:
         if traceback:
             raise
-        fail(f"{type(error).__name__}: {error}", status=1)
+        # these may be a mistake of a program's as well as its user's
+        unsure = isinstance(error, (TypeError, AssertionError))
+        hint = f" (sb3-boom --traceback {command} ... shows where)" if unsure else ""
+        fail(f"{type(error).__name__}: {error}", status=1, hint=hint)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ ALIGN_WEIGHTINGS = ("softmax", "uniform")
 MIN_ALIGN_STD = 0.05  # floor of the stds inside the alignment terms
 GATE_SCALE = 2.0  # the release aligns only once the Q scale is above this
 WARMUP_STD = math.exp(2.0)  # std stored with actions that no planner made: the policy's widest
+PLANNED_STD = 0.99 * WARMUP_STD  # those of the planner are below
 ATANH_CLAMP = 0.999  # atanh is infinite at ±1, where clamped plans often lie
 
 
@@ -381,7 +382,7 @@ def policy_loss(
     likelihood = alignment_likelihood(
         config.alignment, mean, log_std, noise.policy_action, planner_actions, planner_stds, scale
     )
-    imitated = valid if config.align_warmup else valid & (planner_stds[..., :1] < 0.99 * WARMUP_STD)
+    imitated = valid if config.align_warmup else valid & (planner_stds[..., :1] < PLANNED_STD)
     batch_weights = value_weights(q, imitated, config.align_weighting, config.align_temperature)
     align_term = -(weights * batch_weights * th.where(imitated, likelihood, 0.0)).sum()
     loss = value_term + config.align_coef * align_term

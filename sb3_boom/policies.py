@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import numbers
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -126,9 +127,9 @@ class BOOMPolicy(BasePolicy):
         dims = [size if own is None else own for own, size in zip(given, MODEL_SIZES[model_size], strict=True)]
         for name, dim in zip(("enc_dim", "mlp_dim", "latent_dim", "n_critics", "n_enc_layers"), dims, strict=True):
             minimum = 2 if name == "n_critics" else 1
-            if not isinstance(dim, int) or dim < minimum:
+            if not isinstance(dim, numbers.Integral) or dim < minimum:
                 raise ValueError(f"{name} must be an integer of at least {minimum}, not {dim!r}")
-        enc_dim, mlp_dim, latent_dim, n_critics, n_enc_layers = dims
+        enc_dim, mlp_dim, latent_dim, n_critics, n_enc_layers = map(int, dims)
         self.action_dim = get_action_dim(action_space)
         if simnorm_dim == "auto":
             simnorm_dim = None if is_dog_sized(self.action_dim) else 8
@@ -451,7 +452,8 @@ def make_planner_config(
     """
     if name not in PLANNERS:
         raise ValueError(f"planner must be one of {', '.join(PLANNERS)}, not {name!r}")
-    kwargs = dict(planner_kwargs or {})
+    # numpy's numbers too, but Python's in what is compiled
+    kwargs = {key: value.item() if isinstance(value, np.generic) else value for key, value in (planner_kwargs or {}).items()}
     unknown = sorted(set(kwargs) - set(PLANNER_KWARGS))
     if unknown:
         raise ValueError(f"unknown planner_kwargs {', '.join(unknown)}: choose among {', '.join(PLANNER_KWARGS)}")

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,14 @@ def settings_of_the_model(entry: dict[str, Any]) -> dict[str, Any]:
     """
     :param entry: of a hyperparameter file
     :return: those of its settings that are arguments of :class:`sb3_boom.BOOM`
+    :raises ValueError: for others that rl_zoo3 may know
     """
+    unknown = sorted(set(entry) - set(OF_THE_ENVIRONMENT) - set(inspect.signature(BOOM).parameters))
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)}: no argument of BOOM. `sb3-boom train` understands all of rl_zoo3's settings; here, besides"
+            f"BOOM's arguments, there are {', '.join(OF_THE_ENVIRONMENT)}"
+        )
     return {key: value for key, value in entry.items() if key not in OF_THE_ENVIRONMENT}
 
 

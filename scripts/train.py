@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--eval-episodes", type=int, default=10)
     parser.add_argument("--eval-envs", type=int, help="environments evaluated side by side; default: as many as train")
     parser.add_argument("--folder", type=pathlib.Path, help="default: logs/<env>-seed<seed>")
-    parser.add_argument("--csv", type=pathlib.Path, help="file of the evaluations; default: evaluations.csv in the folder")
+    parser.add_argument("--csv", type=pathlib.Path, help="file to append evaluations to; default: the folder's own")
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
     parser.add_argument("--random", action="store_true", help="no training: only evaluate random actions, for comparison")
     parser.add_argument("--no-compile", action="store_true", help="never use torch.compile")
@@ -66,7 +66,9 @@ def plot(path: pathlib.Path, evaluations: PlannerPriorEvalCallback, title: str) 
 
     episodes = load_results(str(path.parent))  # of all training environments, by time
     figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot(episodes["l"].cumsum(), episodes["r"], ".-", color="0.6", label="training episodes")
+    # the monitor counts simulation steps, of which there are several in an agent step
+    agent_steps = episodes["l"].cumsum() / rows.env_steps_per_agent_step(evaluations.eval_env)
+    axes.plot(agent_steps, episodes["r"], ".-", color="0.6", label="training episodes")
     for name, returns in (("planner", evaluations.planner_returns), ("policy prior", evaluations.prior_returns)):
         axes.errorbar(
             evaluations.timesteps, np.mean(returns, axis=1), np.std(returns, axis=1), fmt="o-", capsize=3, label=name
@@ -87,10 +89,15 @@ def main() -> None:
         entry = zoo.entry(args.hyperparams, args.env) | args.params
     except ValueError as error:
         raise SystemExit(error) from None
-    steps = args.steps or int(entry["n_timesteps"])
+    steps = 0 if args.random else args.steps or int(entry["n_timesteps"])
+    variant = " ".join(f"{key}:{value}" for key, value in args.params.items()) or runner.own_variant(entry)
+    run = (args.env, "random" if args.random else variant, args.seed)
     folder = args.folder or ROOT / "logs" / f"{args.env.replace('/', '-')}-seed{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     csv = args.csv or folder / "evaluations.csv"
+    if args.csv and csv.exists() and any(row.run == run and row.agent_steps >= steps for row in rows.read(csv)[0]):
+        print(f"{csv} has this run already: {', '.join(map(str, run))}, {steps} steps")
+        return
     if not args.random:  # what an earlier run left here would stand beside this one's
         for old in (*folder.glob("*.monitor.csv"), *([] if args.csv else [csv])):
             old.unlink(missing_ok=True)
@@ -102,17 +109,14 @@ def main() -> None:
     if args.random:
         mean, _ = evaluate_policy(RandomActions(eval_env, args.seed), eval_env, args.eval_episodes)  # type: ignore[arg-type]
         assert isinstance(mean, float)
-        rows.append(csv, [Row(args.env, "random", args.seed, 0, 0, mean, mean, 0.0, rows.revision(), rows.versions())])
+        rows.append(csv, [Row(*run, 0, 0, mean, mean, 0.0, rows.revision(), rows.versions())])
         print(f"random actions: mean return {mean:.1f} over {args.eval_episodes} episodes")
         return
     settings = zoo.settings_of_the_model(entry)
     if args.no_compile:
         settings["compile"] = False
     model = BOOM(env=env, seed=args.seed, verbose=1, **settings)
-    variant = " ".join(f"{key}:{value}" for key, value in args.params.items()) or runner.own_variant(entry)
-    evaluations = EvaluationLog(
-        eval_env, csv, (args.env, variant, args.seed), args.eval_episodes, args.eval_freq // env.num_envs
-    )
+    evaluations = EvaluationLog(eval_env, csv, run, args.eval_episodes, args.eval_freq // env.num_envs)
     model.learn(steps, callback=evaluations, progress_bar=not args.no_progress)
     if not evaluations.timesteps or evaluations.timesteps[-1] != model.num_timesteps:
         evaluations.evaluate()

@@ -25,15 +25,32 @@ from sb3_boom import BOOM
         (dict(policy_kwargs=dict(n_critics=1)), "n_critics"),
         (dict(policy_kwargs=dict(horizon=5)), "pass to BOOM itself"),
         (dict(policy_kwargs=dict(dropout=1.0)), "dropout"),
-        (dict(horizon=0), "horizon"),
-        (dict(horizon=-1), "horizon"),
+        (dict(policy_kwargs=dict(optimizer_kwargs=dict(lr=1.0))), "learning_rate"),
+        (dict(horizon=0), "horizon must be at least 1"),
+        (dict(horizon=True), "horizon must be a number"),
+        (dict(horizon=1.5), "horizon must be a whole number"),
+        (dict(batch_size=0), "batch_size must be at least 1"),
+        (dict(buffer_size=0), "buffer_size must be at least 1"),
+        (dict(tau=0), "tau must be above 0 and at most 1"),
+        (dict(tau=5), "tau must be above 0 and at most 1"),
+        (dict(gamma=1.5), 'gamma must be at least 0 and at most 1 or "auto"'),
+        (dict(rho=-1), "rho must be at least 0"),
+        (dict(encoder_lr_scale=-1), "encoder_lr_scale must be at least 0"),
+        (dict(consistency_coef=float("nan")), "consistency_coef must be at least 0"),
+        (dict(max_grad_norm=0), "max_grad_norm must be above 0"),
+        (dict(ent_coef="auto"), "ent_coef must be a number: BOOM does not tune it"),
+        (dict(handle_terminations="no"), "handle_terminations must be True or False"),
+        (dict(align_warmup=1), "align_warmup must be True or False"),
+        (dict(align_warmup=False, planner_kwargs=dict(max_std=8.0)), "max_std below 7.3"),
+        (dict(compile=1), "compile must be True, False or"),
+        (dict(replay_buffer_kwargs=dict(horizon=7)), "horizon: pass to BOOM itself"),
         (dict(alignment="kl"), "alignment must be one of release"),
         (dict(align_weighting="hard"), "align_weighting must be one of softmax"),
         (dict(align_temperature=0.0), "align_temperature"),
         (dict(planner="random"), "planner must be one of mppi, cem"),
         (dict(compile="maybe"), "compile"),
         (dict(learning_starts="later"), "learning_starts"),
-        (dict(pretrain_steps=1.5), "pretrain_steps counts steps"),
+        (dict(pretrain_steps=1.5), "pretrain_steps must be a whole number"),
         (dict(optimize_memory_usage=True), "optimize_memory_usage=False"),
         (dict(n_steps=3), "n_steps=1"),
         (dict(use_sde=True), "use_sde=False"),
@@ -45,6 +62,13 @@ def test_wrong_setting_is_a_value_error_that_says_what_to_change(arguments, mess
     with pytest.raises(ValueError, match=message):
         model = BOOM("MlpPolicy", "Pendulum-v1", **{**TINY, **arguments})
         model.predict(model.env.reset())
+
+
+def test_numpys_numbers_are_numbers():
+    numbers = dict(batch_size=np.int64(8), tau=np.float32(0.5), learning_starts=np.int32(20), buffer_size=2e3)
+    numbers |= dict(planner_kwargs={key: np.int64(value) for key, value in TINY["planner_kwargs"].items()})
+    numbers |= dict(policy_kwargs=dict(TINY["policy_kwargs"], mlp_dim=np.int64(16)))
+    BOOM("MlpPolicy", "Pendulum-v1", **{**TINY, **numbers}).learn(22)
 
 
 def test_action_that_can_take_one_value_only_is_refused():

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,7 +54,8 @@ def table() -> list[Row]:
 def test_rows_come_back_and_none_is_written_twice():
     path = Path("results.csv")
     rows.append(path, [ROW, ROW._replace(seed=1)])
-    rows.append(path, [ROW._replace(planner_return=0.0), ROW._replace(agent_steps=20)])
+    with pytest.warns(UserWarning, match="planner_return=0.0.* remove one"):
+        rows.append(path, [ROW._replace(planner_return=0.0), ROW._replace(agent_steps=20)])
     assert table() == [ROW, ROW._replace(seed=1), ROW._replace(agent_steps=20)]
     assert path.read_text().splitlines()[0] == (
         "task,variant,seed,agent_steps,env_steps,planner_return,prior_return,wall_s,revision,versions"
@@ -219,6 +221,20 @@ def test_a_run_without_a_variant_has_the_name_of_its_alignment(monkeypatch):
         assert runner.BOOM.load(folder / "checkpoint" / "model").alignment == variant
 
 
+def test_what_is_done_is_taken_only_for_the_same_settings(monkeypatch, capsys):
+    run = [*RUN, "--seeds", "0", "--steps", "20", "--eval-freq", "20", *QUICK]
+    assert command(monkeypatch, *run) == 0
+    assert command(monkeypatch, *run, "tau:0.5") == 1
+    assert "tau was 0.05, is 0.5" in capsys.readouterr().err
+    shutil.rmtree("logs")
+    assert command(monkeypatch, *run, "tau:0.5") == 0
+    assert "is taken as results.csv has it" in capsys.readouterr().out
+    rows_before = table()
+    assert command(monkeypatch, *RUN, "--seeds", "0", "--steps", "40", "--eval-freq", "20", *QUICK) == 1
+    assert "remove them, or take another --csv" in Path("logs/benchmark/Pendulum-v1_release_0/log.txt").read_text()
+    assert table() == rows_before
+
+
 @pytest.mark.parametrize("variant", runner.VARIANTS)
 def test_variants_are_settings_of_the_model(variant, monkeypatch):
     made = []
@@ -260,10 +276,32 @@ def test_report_stands_beside_published_results():
     rows.append(Path("results.csv"), [ROW._replace(task=task, seed=0, agent_steps=60_000, env_steps=120_000)])
     assert report.write([Path("results.csv")], Path("docs/page.md")) == []
     page = Path("docs/page.md").read_text()
-    assert f"| {task} | release | 50,000 | 100,000 | 3 | 850.0 ± 40.8 |" in page  # the step that all seeds reached
+    assert f"| {task} | release | 50,000 | 100,000 | 3 | 850.0 ± 50.0 |" in page  # the step that all seeds reached
     assert f"| {task} | release | 100,000 | 850 | 839 | 864 | 770 |" in page  # at the same env steps: TD-MPC2, its rerun, BMPC
-    assert "| release | 1 | 3 | 0.850 | 0.800 to 0.900 | 0.850 |" in page
+    assert "| 50,000 | release | 1 | 3 | 0.850 | 0.800 to 0.900 | 0.850 |" in page
     assert Path("docs/page-dm_control-cartpole-swingup-v0.png").stat().st_size > 10_000
+
+
+def test_variants_are_averaged_over_the_runs_that_they_share(tmp_path):
+    task = "dm_control/cartpole-swingup-v0"
+    for variant, seeds in (("release", (0, 1, 2)), ("none", (1, 2, 3))):
+        for seed in seeds:
+            row = ROW._replace(task=task, variant=variant, seed=seed, planner_return=100.0 * seed + 10.0 * len(variant))
+            rows.append(Path("results.csv"), [row])
+    rows.append(Path("results.csv"), [ROW._replace(task=task, variant="uniform", agent_steps=20)])
+    rows.append(Path("results.csv"), [ROW._replace(task="dm_control/finger-spin-v0", planner_return=999.0)])
+    assert report.write([Path("results.csv")], Path("page.md")) == []
+    page = Path("page.md").read_text()
+    assert "| 10 | release | 1 | 2 | 0.220 |" in page and "| 10 | none | 1 | 2 | 0.190 |" in page
+    assert "| 20 | uniform | 1 | 1 |" in page
+
+
+def test_a_row_that_is_in_two_files_is_shown_once():
+    rows.append(Path("one.csv"), [ROW])
+    rows.append(Path("two.csv"), [ROW._replace(planner_return=0.0)])
+    (problem,) = report.write([Path("one.csv"), Path("two.csv")], Path("page.md"))
+    assert "two.csv" in problem and "planner_return=0.0" in problem
+    assert "| 1 | -1200.5 |" in Path("page.md").read_text()
 
 
 def test_report_names_what_has_no_step_in_common():

@@ -315,6 +315,26 @@ def test_learning_leaves_float_arithmetic_as_it_was():
     assert np.float64(1e-310) * 1.0 != 0.0
 
 
+def test_drawing_by_episode_waits_while_one_fills_the_buffer():
+    class Growing(gym.Wrapper):
+        """Every episode is longer than the one before."""
+
+        n_episodes = 0
+
+        def reset(self, **kwargs):
+            self.n_steps, self.n_episodes = 0, self.n_episodes + 1
+            return self.env.reset(**kwargs)
+
+        def step(self, action):
+            obs, reward, *_, info = self.env.step(action)
+            self.n_steps += 1
+            return obs, reward, False, self.n_steps >= 10 * self.n_episodes, info
+
+    settings = {**TINY, "buffer_size": 15, "replay_buffer_kwargs": dict(sampling="episode"), "learning_starts": 10}
+    model = BOOM("MlpPolicy", Growing(gym.make("Pendulum-v1")), **settings).learn(55)
+    assert 0 < model._n_updates < 40  # of 45 steps after warm-up; the third episode leaves nothing of the second
+
+
 def test_gradient_steps_zero_only_collects():
     model = make_model(gradient_steps=0).learn(40)
     assert model._n_updates == 0

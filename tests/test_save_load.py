@@ -13,6 +13,7 @@ from conftest import TINY
 from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.save_util import save_to_pkl
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_boom import BOOM
@@ -116,6 +117,48 @@ def test_buffers_windows_are_as_long_as_the_models_horizon(model, tmp_path):
     loaded.load_replay_buffer(tmp_path / "buffer")
     done = loaded._n_updates
     assert loaded.learn(3)._n_updates == done + 3
+
+
+@pytest.mark.parametrize("kwargs", [dict(sampling="episode"), dict(value_temperature=0.5)])
+def test_buffer_draws_as_the_model_it_is_loaded_into(kwargs, tmp_path):
+    env = make_vec_env(PENDULUM, env_kwargs=dict(max_episode_steps=10))
+    model = BOOM("MlpPolicy", env, **TINY).learn(40)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = BOOM.load(tmp_path / "model", env=env, replay_buffer_kwargs=kwargs)
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    buffer = loaded.replay_buffer
+    assert dict(sampling=buffer.sampling, value_temperature=buffer.value_temperature).items() >= kwargs.items()
+    loaded.learn(5)
+    loaded.save_replay_buffer(tmp_path / "buffer")
+    model.load_replay_buffer(tmp_path / "buffer")
+    assert (model.replay_buffer.sampling, model.replay_buffer.value_temperature) == ("uniform", None)
+    model.learn(5)
+
+
+def test_a_file_that_is_no_buffer_is_refused_and_changes_nothing(tmp_path):
+    model = BOOM("MlpPolicy", PENDULUM, **TINY).learn(25)
+    save_to_pkl(tmp_path / "buffer.pkl", dict(), verbose=0)
+    with pytest.raises(ValueError, match="must be a WeightedReplayBuffer, not dict"):
+        model.load_replay_buffer(tmp_path / "buffer.pkl")
+    assert model.replay_buffer.size() == 25
+    model.learn(2)
+
+
+class OwnBOOM(BOOM):
+    def __init__(self, *args, own=1, **kwargs):
+        self.own = own
+        super().__init__(*args, **kwargs)
+
+
+def test_subclass_with_arguments_of_its_own_is_loaded_with_them(model, tmp_path):
+    own = OwnBOOM("MlpPolicy", PENDULUM, own=2, **TINY)
+    own.save(tmp_path / "model")
+    assert OwnBOOM.load(tmp_path / "model").own == 2
+    loaded = OwnBOOM.load(tmp_path / "model", own=3, batch_size=4)
+    assert loaded.own == 3 and loaded.batch_size == 4
+    with pytest.raises(TypeError, match=r"OwnBOOM.load\(\) got unexpected arguments onw"):
+        OwnBOOM.load(tmp_path / "model", onw=3)
 
 
 def test_changed_policy_kwargs_are_refused(model, tmp_path):

@@ -11,7 +11,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize, VecTransposeImage
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
 from sb3_boom import BOOM, MlpPolicy
 from sb3_boom.augmentation import random_shift
@@ -162,6 +162,23 @@ def test_stacked_frames(tmp_path):
     model = BOOM("CnnPolicy", VecFrameStack(env, 3), **SMALL_IMAGES)
     learn_save_load_predict(model, tmp_path)
     assert model.observation_space.shape == (3, 64, 64)
+
+
+def test_images_normalised_before_they_are_transposed_are_refused():
+    class Pictures(gym.Env):
+        observation_space, action_space = spaces.Box(0, 255, (40, 36, 3), np.uint8), spaces.Box(-1.0, 1.0, (1,))
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return self.observation_space.sample(), {}
+
+        def step(self, action):
+            return self.observation_space.sample(), 0.0, False, False, {}
+
+    env = DummyVecEnv([Pictures])
+    with pytest.raises(ValueError, match=r"wrap the other way round, VecNormalize\(VecTransposeImage"):
+        BOOM("CnnPolicy", VecNormalize(env, norm_obs=False), **TINY).learn(2)
+    BOOM("CnnPolicy", VecNormalize(VecTransposeImage(env), norm_obs=False), **TINY).learn(2)
 
 
 def test_dictionaries_of_images_and_vectors(tmp_path):

@@ -66,6 +66,11 @@ def test_entry_makes_a_model_that_trains(path, env_id):
     env.close()
 
 
+def test_settings_of_rl_zoo3_alone_are_named():
+    with pytest.raises(ValueError, match=r"normalize: no argument of BOOM.*sb3-boom train"):
+        zoo.settings_of_the_model(dict(n_envs=2, tau=0.1, normalize=True))
+
+
 def test_both_files_have_the_same_environments_and_all_of_the_paper():
     paper, cpu = (zoo.read_hyperparams(zoo.hyperparams_file(cpu)) for cpu in (False, True))
     assert set(paper) == set(cpu) and set(PAPER) <= set(paper)

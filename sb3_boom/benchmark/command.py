@@ -79,10 +79,8 @@ def benchmark(arguments: list[str], cpu: bool) -> None:
         raise ValueError("no task: name a --suite, or environments with --tasks")
     for task in tasks:
         zoo.check_installed(task)
-    further = ["--eval-freq", str(args.eval_freq), "--eval-episodes", str(args.eval_episodes), "--conf-file", str(hyperparams)]
-    if args.params:
-        further += ["-params", *(f"{key}:{value!r}" for key, value in args.params.items())]
+    further = ["--eval-freq", str(args.eval_freq), "--eval-episodes", str(args.eval_episodes)]
     grid = [(task, variant) for task in tasks for variant in args.variants or [own_variant(task)]]
-    failed = runner.run_grid(grid, args.seeds, args.steps, args.jobs, args.csv, args.folder, further)
+    failed = runner.run_grid(grid, args.seeds, args.steps, args.jobs, args.csv, args.folder, hyperparams, args.params, further)
     if failed:
         raise ValueError(f"{failed} runs failed; the same command takes them up again")

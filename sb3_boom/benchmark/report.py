@@ -141,12 +141,16 @@ def write(paths: Sequence[Path], output: Path, only: Sequence[str] | None = None
     :return: what was left out: lines of the CSVs that are no rows, variants whose seeds were evaluated at different steps
     :raises ValueError: for a file that is no benchmark CSV, or if there is no row at all
     """
-    table: list[Row] = []
+    by_key: dict[tuple, Row] = {}
     problems: list[str] = []
     for path in paths:
         found, wrong = rows.read(path)
-        table += [row for row in found if (not only or row.task in only) and (until is None or row.agent_steps <= until)]
         problems += wrong
+        for row in found:
+            if (not only or row.task in only) and (until is None or row.agent_steps <= until):
+                if by_key.setdefault((*row.run, row.agent_steps), row) != row:
+                    problems.append(f"{path}: {row} is in an earlier file too, otherwise; it is left out")
+    table = list(by_key.values())
     if not table:
         within = (f" of {', '.join(only)}" if only else "") + ("" if until is None else f" up to step {until}")
         raise ValueError(f"no evaluation{within} in {', '.join(map(str, paths))}")
@@ -156,7 +160,12 @@ def write(paths: Sequence[Path], output: Path, only: Sequence[str] | None = None
         if (task, variant) not in last:
             problems.append(f"{task} {variant}: its seeds have no step in common; it is in the curves alone")
     tasks = list(dict.fromkeys(row.task for row in table))
-    lines = ["# Results", "", "Last evaluation that all seeds of a row reached; mean and standard deviation over seeds.", ""]
+    lines = [
+        "# Results",
+        "",
+        "Last evaluation that all seeds of a row reached; mean and sample standard deviation over seeds.",
+        "",
+    ]
     lines += ["| task | variant | agent steps | env steps | seeds | planner | policy prior | each seed's planner |"]
     lines += ["|---|---|--:|--:|--:|--:|--:|---|"]
     for (task, variant), runs in last.items():
@@ -180,7 +189,7 @@ def write(paths: Sequence[Path], output: Path, only: Sequence[str] | None = None
 
 
 def _mean_and_std(returns: np.ndarray) -> str:
-    return f"{returns.mean():.1f}" + (f" ± {returns.std():.1f}" if len(returns) > 1 else "")
+    return f"{returns.mean():.1f}" + (f" ± {returns.std(ddof=1):.1f}" if len(returns) > 1 else "")
 
 
 def _beside_published(last: dict[tuple[str, str], list[Row]]) -> list[str]:
@@ -201,28 +210,35 @@ def _beside_published(last: dict[tuple[str, str], list[Row]]) -> list[str]:
 
 
 def _aggregates(last: dict[tuple[str, str], list[Row]]) -> list[str]:
-    variants = list(dict.fromkeys(variant for _, variant in last))
-    lines = [
+    # scores by step, variant, task and seed
+    scores: dict[int, dict[str, dict[tuple[str, int], float]]] = defaultdict(lambda: defaultdict(dict))
+    for (task, variant), runs in last.items():
+        if highest := max_return(task):
+            for row in runs:
+                scores[row.agent_steps][variant][task, row.seed] = row.planner_return / highest
+    lines = []
+    for steps, variants in scores.items():
+        shared = sorted(set.intersection(*(set(runs) for runs in variants.values())))
+        tasks = sorted({task for task, _ in shared})
+        for variant, score in variants.items() if shared else ():
+            by_task = [np.array([score[run] for run in shared if run[0] == task]) for task in tasks]
+            mean, low, high = interquartile_mean(by_task)
+            interval = f"{low:.3f} to {high:.3f}" if np.isfinite(low) else "a seed alone has none"
+            average = np.mean([task.mean() for task in by_task])
+            lines.append(f"| {steps:,} | {variant} | {len(tasks)} | {len(shared)} | {mean:.3f} | {interval} | {average:.3f} |")
+    if not lines:
+        return []
+    return [
         "",
         "## Interquartile mean",
         "",
-        f"Of planner returns divided by the task's maximum; {LEVEL:.0%} bootstrap interval.",
+        "Of planner returns divided by the task's maximum, over the runs (task and seed) that all variants with this last",
+        f"step have; {LEVEL:.0%} bootstrap interval.",
+        "",
+        "| agent steps | variant | tasks | runs | interquartile mean | interval | mean |",
+        "|--:|---|--:|--:|--:|--:|--:|",
+        *lines,
     ]
-    lines += ["", "| variant | tasks | runs | interquartile mean | interval | mean |", "|---|--:|--:|--:|--:|--:|"]
-    n_lines = len(lines)
-    for variant in variants:
-        scores = [
-            np.array([row.planner_return / highest for row in runs])
-            for (task, other), runs in last.items()
-            if other == variant and (highest := max_return(task))
-        ]
-        if scores:
-            mean, low, high = interquartile_mean(scores)
-            n_runs = sum(len(task) for task in scores)
-            interval = f"{low:.3f} to {high:.3f}" if np.isfinite(low) else "a seed alone has none"
-            average = np.mean([task.mean() for task in scores])
-            lines.append(f"| {variant} | {len(scores)} | {n_runs} | {mean:.3f} | {interval} | {average:.3f} |")
-    return lines if len(lines) > n_lines else []
 
 
 def plot(task: str, table: Sequence[Row], path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -103,7 +104,8 @@ def read(path: Path) -> tuple[list[Row], list[str]]:
 
 def append(path: Path, rows: Iterable[Row]) -> None:
     """
-    Append rows that are not there yet, under a header if the file is new. Several processes may do so at once.
+    Append rows that are not there yet, under a header if the file is new. Several processes may do so at once. A row that is
+    there already stays as it is; with another return, a warning says so.
 
     :param path: a benchmark's CSV
     :param rows: what to append
@@ -118,8 +120,13 @@ def append(path: Path, rows: Iterable[Row]) -> None:
         if size == 0:
             writer.writerow(Row._fields)
         else:
-            there = {(*row.run, row.agent_steps) for row in read(path)[0]}
-            rows = [row for row in rows if (*row.run, row.agent_steps) not in there]
+            there = {(*row.run, row.agent_steps): row for row in read(path)[0]}
+            known = [row for row in rows if (*row.run, row.agent_steps) in there]
+            for row in known:
+                kept = there[(*row.run, row.agent_steps)]
+                if abs(kept.planner_return - row.planner_return) > 0.01:
+                    warnings.warn(f"{path} keeps {kept}, without {row}: remove one, or write to another file", stacklevel=2)
+            rows = [row for row in rows if row not in known]
             file.seek(size - 1)
             if file.read(1) != b"\n":  # a line that was cut off stays a line of its own
                 text.write("\n")

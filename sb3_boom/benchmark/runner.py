@@ -49,6 +49,24 @@ def own_variant(entry: dict[str, Any]) -> str:
     return entry.get("alignment", "release")
 
 
+def settings_of_a_run(
+    task: str, variant: str, steps: int, csv: Path, hyperparams: Path, overrides: dict[str, Any] | None = None
+) -> str:
+    """
+    What has to be the same where a run is gone on with; parameters as :func:`train_one`.
+
+    :param task: environment id
+    :param variant: a key of :data:`VARIANTS`
+    :param steps: agent steps
+    :param csv: where rows are appended
+    :param hyperparams: hyperparameter file
+    :param overrides: settings instead of the file's
+    :return: as JSON
+    """
+    entry = zoo.entry(hyperparams, task) | (overrides or {})
+    return json.dumps(dict(entry, variant=variant, steps=steps, csv=str(csv.resolve())), default=repr, indent=2)
+
+
 def train_one(
     task: str,
     variant: str,
@@ -74,8 +92,11 @@ def train_one(
     :param hyperparams: hyperparameter file
     :param n_eval_episodes: episodes of an evaluation, for planner and policy prior each
     :param overrides: settings instead of the file's, the same for the whole grid
+    :raises ValueError: if the folder is of a run with other settings, or the CSV has rows of a run whose folder is gone
     """
     zoo.register()
+    identity = settings_of_a_run(task, variant, steps, csv, hyperparams, overrides)
+    _check_same(folder, identity, csv, (task, variant, seed))
     entry = zoo.entry(hyperparams, task) | (overrides or {})
     settings = zoo.settings_of_the_model(entry)
     env = zoo.make_env(task, entry, seed, entry.get("n_envs", 1))
@@ -85,13 +106,11 @@ def train_one(
         settings[name] = value(action_dim) if callable(value) else value
     settings["buffer_size"] = min(settings.get("buffer_size", 1_000_000), steps)  # it never holds more
 
-    identity = json.dumps(dict(settings, steps=steps, csv=str(csv.resolve())), default=repr, indent=2)
     checkpoint = folder / "checkpoint"
     for whole in (folder / "checkpoint-new", folder / "checkpoint-old"):  # killed between the two renames of _save
         if not checkpoint.exists() and (whole / "wall_s").exists():
             whole.rename(checkpoint)
     if checkpoint.exists():
-        _check_same(checkpoint, identity)
         model = BOOM.load(checkpoint / "model", env=env)
         model.load_replay_buffer(checkpoint / "replay_buffer")
         wall_s = float((checkpoint / "wall_s").read_text())
@@ -99,35 +118,43 @@ def train_one(
     else:
         model = BOOM(env=env, seed=seed, **settings)
         wall_s = 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(identity)
     log = EvaluationLog(eval_env, csv, (task, variant, seed), n_eval_episodes, eval_freq=0, wall_s=wall_s)
     while model.num_timesteps < steps:
         until = min((model.num_timesteps // eval_freq + 1) * eval_freq, steps)
         model.learn(until - model.num_timesteps, callback=log, reset_num_timesteps=False)
         log.evaluate()  # first the row, then the checkpoint: a row that is there already is not written twice
-        _save(model, log.wall_s, identity, checkpoint)
+        _save(model, log.wall_s, checkpoint)
 
 
-def _check_same(checkpoint: Path, settings: str) -> None:
+def _check_same(folder: Path, settings: str, csv: Path, run: tuple[str, str, int]) -> None:
     """
-    :param checkpoint: of an interrupted run
-    :param settings: of the run that would go on from it, as :func:`_save` got them
-    :raises ValueError: if they are others
+    :param folder: of a run that starts or goes on, with its settings if there are any yet
+    :param settings: of the run, see :func:`settings_of_a_run`
+    :param csv: its CSV
+    :param run: task, variant and seed
+    :raises ValueError: if the folder is of a run with other settings, or the CSV has rows of a run whose folder is gone
     """
-    path = checkpoint / "settings.json"
-    if path.exists() and path.read_text() != settings:
+    path = folder / "settings.json"
+    if not path.exists():
+        if csv.exists() and any(row.run == run for row in rows.read(csv)[0]):
+            raise ValueError(
+                f"{csv} has rows of {' '.join(map(str, run))}, not made in {folder}: remove them, or take another --csv"
+            )
+    elif path.read_text() != settings:
         theirs, ours = json.loads(path.read_text()), json.loads(settings)
         differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         changes = ", ".join(f"{name} was {theirs.get(name)}, is {ours.get(name)}" for name in differing)
-        raise ValueError(f"{checkpoint} is of a run with other settings ({changes}): take another --folder, or remove it")
+        raise ValueError(f"{folder} is of a run with other settings ({changes}): take another --folder, or remove it")
 
 
-def _save(model: BOOM, wall_s: float, settings: str, checkpoint: Path) -> None:
+def _save(model: BOOM, wall_s: float, checkpoint: Path) -> None:
     """
     Replace the checkpoint; killed at any point, one that is whole stays.
 
     :param model: what to save
     :param wall_s: seconds that the run took
-    :param settings: of the run, as JSON
     :param checkpoint: where to
     """
     fresh, old = (checkpoint.with_name(f"checkpoint-{name}") for name in ("new", "old"))
@@ -136,7 +163,6 @@ def _save(model: BOOM, wall_s: float, settings: str, checkpoint: Path) -> None:
     fresh.mkdir(parents=True)
     model.save(fresh / "model")
     model.save_replay_buffer(fresh / "replay_buffer")
-    (fresh / "settings.json").write_text(settings)
     (fresh / "wall_s").write_text(f"{wall_s:.2f}")  # last: it tells that the checkpoint is whole
     if checkpoint.exists():
         checkpoint.rename(old)
@@ -162,10 +188,12 @@ def run_grid(
     jobs: int,
     csv: Path,
     folder: Path,
-    arguments: Sequence[str],
+    hyperparams: Path,
+    overrides: dict[str, Any],
+    arguments: Sequence[str] = (),
 ) -> int:
     """
-    Train a grid, ``jobs`` runs side by side, each in a process of its own; those that are done are left out.
+    Train a grid, ``jobs`` runs side by side, each in a process of its own; those that the CSV has already are left out.
 
     :param tasks: environment ids, each with a key of :data:`VARIANTS`
     :param seeds: of the runs
@@ -173,21 +201,32 @@ def run_grid(
     :param jobs: runs side by side, which share the cores
     :param csv: where rows are appended
     :param folder: of the benchmark
+    :param hyperparams: hyperparameter file
+    :param overrides: settings instead of the file's
     :param arguments: further ones for each run's command
     :return: number of runs that failed
+    :raises ValueError: if one that is done was made with other settings
     """
     done = {row.run for row in rows.read(csv)[0] if row.agent_steps >= steps} if csv.exists() else set()
     grid = [(task, variant, seed) for seed in seeds for task, variant in tasks]
     todo = [run for run in grid if run not in done]
     print(f"{len(grid)} runs, {len(grid) - len(todo)} of them done, {jobs} side by side", flush=True)
+    for run in grid:
+        if run in done and (run_folder(folder, *run) / "settings.json").exists():
+            _check_same(run_folder(folder, *run), settings_of_a_run(*run[:2], steps, csv, hyperparams, overrides), csv, run)
+        elif run in done:
+            print(f"{' '.join(map(str, run))} is taken as {csv} has it: nothing in {folder} tells its settings", flush=True)
+    further = ["--conf-file", str(hyperparams), *arguments]
+    if overrides:
+        further += ["-params", *(f"{key}:{value!r}" for key, value in overrides.items())]
     threads = max(1, (os.cpu_count() or 1) // jobs)
 
     def start(run: tuple[str, str, int]) -> bool:
         task, variant, seed = run
         own = run_folder(folder, *run)
         own.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "sb3_boom", "benchmark", "one", "--task", task, "--variant", variant]
-        command += ["--seed", str(seed), "--steps", str(steps), "--csv", str(csv), "--folder", str(folder), *arguments]
+        command = [sys.executable, "-m", "sb3_boom", "--traceback", "benchmark", "one", "--task", task, "--variant", variant]
+        command += ["--seed", str(seed), "--steps", str(steps), "--csv", str(csv), "--folder", str(folder), *further]
         begin = time.monotonic()
         with (own / "log.txt").open("a") as log:
             environment = dict(os.environ, OMP_NUM_THREADS=str(threads))  # torch's number of threads, too
