@@ -86,7 +86,7 @@ class BOOM(OffPolicyAlgorithm):
     :param max_grad_norm: The maximum value for the gradient clipping, of either optimizer
     :param alignment: how the policy is taught by the planner: "release" (default, the program behind the published
         curves; it is off while the Q scale ``S`` is at most 2, see ``train/align_active``), "forward_kl" (the paper's
-        formula), "reverse_kl" or "none"
+        formula, on actions before squashing, divided by ``S``), "reverse_kl" or "none"
     :param align_coef: weight of the alignment. Default "auto": A/1000 for 24 <= A <= 48 action dimensions, else A/50
     :param align_weighting: "softmax" (soft value weights, default) or "uniform" over the batch
     :param align_temperature: ``τ_w``, temperature of the soft value weights; lower favours high values more

@@ -278,9 +278,13 @@ def worker_deaths_named(env: VecEnv) -> Iterator[None]:
     try:
         yield
     except (EOFError, ConnectionError) as error:
-        for index, process in enumerate(getattr(env.unwrapped, "processes", [])):
+        processes = getattr(env.unwrapped, "processes", [])
+        for index, process in enumerate(processes):
             process.join(timeout=1.0)
             if not process.is_alive():
+                for other in processes:  # close() would wait for their answers, or the dead one's
+                    other.terminate()
+                env.unwrapped.closed = True  # type: ignore[attr-defined]
                 raise RuntimeError(
                     f"worker {index} of the SubprocVecEnv died (exit code {process.exitcode}): its environment crashed or the "
                     "system killed it, perhaps for memory. The model and its replay buffer can still be saved"

@@ -30,7 +30,8 @@ commands, of which the first five take rl_zoo3's options (sb3-boom COMMAND --hel
 options:
   --cpu        settings sized for two CPU cores (boom-cpu.yml) instead of the paper's (boom.yml)
   --traceback  show where an error comes from"""
-USER_ERRORS = (ValueError, TypeError, AssertionError, ImportError, OSError, gym.error.Error)
+USER_ERRORS = (ValueError, ImportError, OSError, gym.error.Error)
+OTHER_ERRORS = (TypeError, AssertionError, KeyError, RuntimeError)  # a mistake of the user's, or of a program's
 
 
 def fail(message: object, status: int = 2, hint: str = "") -> NoReturn:
@@ -110,7 +111,9 @@ def plot(arguments: list[str], cpu: bool) -> None:
     """
     from rl_zoo3.plots.plot_train import plot_train
 
-    sys.argv[1:] = ["-a", "boom", "-f", "logs", *arguments]
+    # rl_zoo3 names folders without slashes, and smooths over 100 episodes: more than a run of a preset may have
+    arguments = [argument if os.path.exists(argument) else argument.replace("/", "-") for argument in arguments]
+    sys.argv[1:] = ["-a", "boom", "-f", "logs", "-w", "10", *arguments]
     plot_train()
 
 
@@ -166,6 +169,15 @@ def _one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     fail(f"{message} (sb3-boom COMMAND --help lists the options)")
 
 
+def _output_is_closed() -> bool:
+    """:return: whether what reads our output has gone"""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
+
+
 def main() -> None:
     """Entry point of ``sb3-boom``."""
     arguments = sys.argv[1:]
@@ -183,14 +195,13 @@ def main() -> None:
     argparse.ArgumentParser.error = _one_line  # type: ignore[method-assign, assignment]  # rl_zoo3's parsers are its own
     try:
         COMMANDS[command](arguments, cpu)
-    except BrokenPipeError:  # `sb3-boom list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, *OTHER_ERRORS) as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():  # `sb3-boom list | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
         if traceback:
             raise
-        # these may be a mistake of a program's as well as its user's
-        unsure = isinstance(error, (TypeError, AssertionError))
-        hint = f" (sb3-boom --traceback {command} ... shows where)" if unsure else ""
+        hint = f" (sb3-boom --traceback {command} ... shows where)" if isinstance(error, OTHER_ERRORS) else ""
         fail(f"{type(error).__name__}: {error}", status=1, hint=hint)
 
 

@@ -54,7 +54,7 @@ def compiler_works(device_type: str) -> bool:
         try:
             th.compile(lambda x: (x + 1.0).relu(), dynamic=False)(th.zeros(8, device=device_type))
         except Exception as error:  # a missing header, an unwritable cache, an old driver: all mean eager
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
     if reason is not None:
         warnings.warn(
             f"BOOM runs without torch.compile, which is slower ({reason}). Pass compile=False to silence this.",

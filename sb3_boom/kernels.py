@@ -40,7 +40,7 @@ def load() -> None:
         th.library.register_fake("sb3_boom::mlp_backward", _mlp_backward_shapes)
         loaded = True
     except Exception as error:  # another torch version's compiler, an unknown processor
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         warnings.warn(f"BOOM's own CPU kernel can't be built, so updates are slower ({reason})", stacklevel=2)
 
 

@@ -312,7 +312,8 @@ def alignment_likelihood(
 
     * ``release``: the authors' program. Pulls the policy's own sample towards the planner's action; off until the Q
       scale exceeds 2.
-    * ``forward_kl``: the paper's likelihood-free KL(β‖π), ``log π(a_β | z)`` before squashing.
+    * ``forward_kl``: the paper's likelihood-free KL(β‖π), ``log π(a_β | z)`` before squashing, divided by the Q scale. What
+      the paper leaves open: ``a_β`` within ±0.999 and the policy's std at least 0.05, where it would be infinite.
     * ``reverse_kl``: KL(π‖β) with a Gaussian around the planner's action.
     * ``none``: 0.
 

@@ -18,7 +18,7 @@ from sb3_boom import planner
 from sb3_boom.actor import Actor
 from sb3_boom.augmentation import random_shift
 from sb3_boom.compilation import choose_compiler
-from sb3_boom.critic import Critic
+from sb3_boom.critic import Critic, draw_pairs
 from sb3_boom.planner import Plan, PlannerConfig
 from sb3_boom.world_model import WorldModel
 
@@ -282,7 +282,7 @@ class BOOMPolicy(BasePolicy):
     def _deterministic_noise(self, obs: PyTorchObs) -> planner.PlannerNoise:
         """Noise that depends on each row's observation alone. :param obs: observations ``[E, ...]``"""
         parts = [obs[key] for key in sorted(obs)] if isinstance(obs, dict) else [obs]
-        rows = [part.reshape(len(part), -1).float().cpu().numpy() for part in parts]
+        rows = [part.reshape(len(part), -1).float().cpu().numpy() + 0.0 for part in parts]  # -0.0 is 0.0
         generator = th.Generator(self.device)
         noises = []
         for row in zip(*rows, strict=True):
@@ -290,7 +290,8 @@ class BOOMPolicy(BasePolicy):
             noises.append(self._noise(1, generator.manual_seed(int.from_bytes(digest, "little") >> 1)))
         policy, candidates, terminal, exploration, elite, _ = zip(*noises, strict=True)
         # the critics are shared by the batch, so their choice can't depend on a row
-        pairs = self._noise(1, generator.manual_seed(DETERMINISTIC_PAIRS_SEED)).critic_pairs
+        generator.manual_seed(DETERMINISTIC_PAIRS_SEED)
+        pairs = draw_pairs(self.planner_config.n_iterations, self.critic.n_critics, self.device, generator)
         return planner.PlannerNoise(
             th.cat(policy, dim=1),
             th.cat(candidates, dim=2),
@@ -327,7 +328,7 @@ class BOOMPolicy(BasePolicy):
         :raises ValueError: for a state of another shape, or if no plan has a finite value
         """
         self.set_training_mode(False)
-        _check_not_a_reset_tuple(observation)
+        _check_observation(observation)
         obs, vectorized = self.obs_to_tensor(observation)
         n_envs = len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
         mean = self.initial_mean(n_envs)
@@ -429,7 +430,7 @@ class PolicyPrior:
         """
         policy = self.policy
         policy.set_training_mode(False)
-        _check_not_a_reset_tuple(observation)
+        _check_observation(observation)
         obs, vectorized = policy.obs_to_tensor(observation)
         with th.no_grad():
             actions = policy.to_action_space(policy(obs, deterministic).cpu().numpy())
@@ -479,13 +480,22 @@ def finite_actions(actions: th.Tensor) -> np.ndarray:
     return array
 
 
-def _check_not_a_reset_tuple(observation: Any) -> None:
-    """The mistake that SB3's own predict() looks for. :param observation: what predict() was given"""
+def _check_observation(observation: Any) -> None:
+    """
+    :param observation: what predict() was given
+    :raises ValueError: for the mistake that SB3's own predict() looks for, and for what would end in an action of NaN
+    """
     if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
         raise ValueError(
             "predict() was given a tuple, probably what a Gymnasium reset() returns: "
             "pass the observation alone, `obs, info = env.reset()`"
         )
+    for key, value in (observation if isinstance(observation, dict) else {"": observation}).items():
+        array = np.asarray(value)
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            where = tuple(np.argwhere(~np.isfinite(array))[0].tolist())
+            name = f"observation[{key!r}]" if key else "observation"
+            raise ValueError(f"predict() was given an {name} that is NaN or infinite at index {where}")
 
 
 class CnnPolicy(BOOMPolicy):

@@ -20,7 +20,7 @@ from sb3_boom import BOOM
 OF_THE_ENVIRONMENT = ("n_envs", "n_timesteps", "env_wrapper", "env_kwargs", "frame_stack")
 ENVIRONMENT_PACKAGES = ("shimmy", "humanoid_bench")  # they register their environments when imported
 MISSING = {
-    "dm_control/": 'dm_control is missing: pip install "sb3_boom[dmc]"',
+    "dm_control/": 'dm_control is missing: pip install "sb3_boom[dmc]" (Python 3.12 at most)',
     "h1hand-": "Humanoid-Bench is missing, and is on no package index: docs/zoo.md has the recipe",
     "LunarLander": 'Box2D is missing: pip install "sb3_boom[box2d]"',
     "BipedalWalker": 'Box2D is missing: pip install "sb3_boom[box2d]"',
@@ -69,7 +69,7 @@ def settings_of_the_model(entry: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(entry) - set(OF_THE_ENVIRONMENT) - set(inspect.signature(BOOM).parameters))
     if unknown:
         raise ValueError(
-            f"{', '.join(unknown)}: no argument of BOOM. `sb3-boom train` understands all of rl_zoo3's settings; here, besides"
+            f"{', '.join(unknown)}: no argument of BOOM. `sb3-boom train` understands all of rl_zoo3's; here, besides "
             f"BOOM's arguments, there are {', '.join(OF_THE_ENVIRONMENT)}"
         )
     return {key: value for key, value in entry.items() if key not in OF_THE_ENVIRONMENT}

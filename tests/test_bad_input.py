@@ -182,3 +182,14 @@ def test_state_of_another_shape_is_refused(state):
     model = BOOM("MlpPolicy", "Pendulum-v1", **TINY)
     with pytest.raises(ValueError, match=r"\(1, 3, 1\)"):
         model.predict(model.env.reset(), state=state)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_predict_refuses_an_observation_that_would_end_in_no_action(value):
+    model = BOOM("MlpPolicy", "Pendulum-v1", **TINY)
+    observations = np.zeros((3, 3), dtype=np.float32)
+    model.predict(observations)
+    observations[1, 2] = value
+    for who in (model, model.prior):
+        with pytest.raises(ValueError, match=r"an observation that is NaN or infinite at index \(1, 2\)"):
+            who.predict(observations)

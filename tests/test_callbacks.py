@@ -231,6 +231,7 @@ def test_death_of_a_worker_is_named_and_the_model_can_be_saved(tmp_path):
     model.save(tmp_path / "model")
     model.save_replay_buffer(tmp_path / "buffer")
     assert BOOM.load(tmp_path / "model").num_timesteps >= 60
-    env.waiting = False
+    env.close()  # waits for nobody
     for process in env.processes:
-        process.terminate()
+        process.join(timeout=10)
+        assert not process.is_alive()

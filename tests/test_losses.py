@@ -113,6 +113,87 @@ def test_without_termination_head_every_end_bootstraps(handle_terminations):
     assert (before["value_loss"] != after["value_loss"]) == handle_terminations
 
 
+# ----------------------------------------------------- both losses, written out
+
+# no two coefficients alike
+UNLIKE = replace(
+    CONFIG, consistency_coef=2.0, reward_coef=3.0, value_coef=5.0, termination_coef=7.0, ent_coef=0.3, align_coef=0.7,
+    alignment="forward_kl", align_temperature=0.4, rho=0.8, tau=0.2,
+)  # fmt: skip
+
+
+def test_model_loss_is_every_terms_part_along_the_rollout():
+    world_model, actor, critic, target = make_networks()
+    batch, _ = make_batch(partly_valid())
+    batch["terminations"] = (th.rand(H, B, 1) < 0.5).float()
+    noise = make_noise(dropout=0.3)
+    loss, latents, terms = losses.model_loss(world_model, actor, critic, target, UNLIKE, noise=noise, **batch)
+
+    next_z = world_model.encode(batch["next_features"])
+    y = losses.td_target(
+        actor, target, next_z, batch["rewards"], batch["terminations"], 0.9, noise.target_action, noise.critic_pairs[0]
+    )
+    kept = noise.value_dropout.view(3, H, B, 16)
+    z = world_model.encode(batch["features"])
+    expected = dict.fromkeys(("consistency", "reward", "value", "termination"), 0.0)
+    for t in range(H):
+        seen = batch["valid"][t].squeeze(-1)
+        th.testing.assert_close(latents[t][seen], z[seen].detach())
+        action = batch["actions"][t]
+        predicted = world_model.next(z, action)
+        value_logits = critic(z, action, dropout_mask=kept[:, t])
+        terms_t = dict(
+            consistency=(predicted - next_z[t]).square().mean(-1, keepdim=True),
+            reward=world_model.two_hot.cross_entropy(world_model.reward_logits(z, action), batch["rewards"][t]),
+            value=critic.two_hot.cross_entropy(value_logits, y[t]).mean(0),
+            termination=th.nn.functional.binary_cross_entropy(
+                world_model.termination(predicted).sigmoid(), batch["terminations"][t], reduction="none"
+            ),
+        )
+        for name, term in terms_t.items():
+            expected[name] = expected[name] + 0.8**t * term[batch["valid"][t]].sum() / (H * B)
+        z = predicted
+    for name, value in expected.items():
+        th.testing.assert_close(terms[f"{name}_loss"], value.detach())
+    whole = 2 * expected["consistency"] + 3 * expected["reward"] + 5 * expected["value"] + 7 * expected["termination"]
+    th.testing.assert_close(loss, whole)
+
+
+def test_policy_loss_is_value_entropy_and_weighted_alignment():
+    _, actor, critic, _ = make_networks()
+    batch, planner = make_batch(partly_valid())
+    noise, valid, latents = make_noise(dropout=0.3), batch["valid"], th.rand(H, B, L)
+    loss, scale, values, terms = losses.policy_loss(
+        actor, critic, UNLIKE, latents, valid=valid, scale=th.tensor(3.0), noise=noise, **planner
+    )
+    mean, log_std = actor(latents)
+    action = th.tanh(mean + noise.policy_action * log_std.exp())
+    kept = noise.policy_dropout.view(2, H, B, 16)
+    first, second = noise.critic_pairs[1]
+    masks = th.ones(3, H, B, 16, dtype=th.bool)
+    masks[first], masks[second] = kept
+    q = critic.two_hot.decode(critic(latents, action, dropout_mask=masks.flatten(1, 2)))
+    q = th.minimum(q[first], q[second])
+    th.testing.assert_close(values[valid], q[valid].detach())
+    new_scale = losses.update_scale(th.tensor(3.0), th.where(valid, q, values)[0].detach(), 0.2)
+    th.testing.assert_close(scale, new_scale)
+    q = q / new_scale
+
+    entropy = A * Normal(0.0, 1.0).log_prob(noise.policy_action).sum(-1, keepdim=True) - A * log_std.sum(-1, keepdim=True)
+    entropy = entropy + A * (A - 1) * 0.5 * np.log(2 * np.pi)  # the release counts ½ ln 2π once, then multiplies by A
+    log_prob = entropy - th.log(th.relu(1 - action**2) + 1e-6).sum(-1, keepdim=True)
+    planner_pre_squash = planner["planner_actions"].clamp(-0.999, 0.999).atanh()
+    density = Normal(mean, log_std.exp().clamp(min=0.05)).log_prob(planner_pre_squash).sum(-1, keepdim=True)
+    value, alignment = th.zeros(()), th.zeros(())
+    for t in range(H):
+        weights = (q[t][valid[t]] / 0.4).softmax(0).detach()
+        value = value + 0.8**t / H * (0.3 * log_prob - q)[t][valid[t]].sum() / B
+        alignment = alignment - 0.8**t / H * (weights * density[t][valid[t]] / new_scale).sum()
+    th.testing.assert_close(terms["policy_value_loss"], value)
+    th.testing.assert_close(terms["align_loss"], alignment)
+    th.testing.assert_close(loss, value + 0.7 * alignment)
+
+
 # ----------------------------------------------------------------------- masks
 
 
@@ -269,8 +350,11 @@ def test_forward_kl_is_the_likelihood_of_the_planners_action():
     policy = Independent(Normal(given["mean"], given["log_std"].exp()), 1)
     expected = policy.log_prob(th.atanh(given["planner_actions"])).unsqueeze(-1) / 4.0
     th.testing.assert_close(ours, expected)
-    at_bounds, _ = likelihood("forward_kl", 4.0, planner_actions=th.ones(H, B, A))
-    assert th.isfinite(at_bounds).all()
+    # where it would be infinite: a plan at its bound, a policy without spread
+    zeros, ones = th.zeros(H, B, A), th.ones(H, B, A)
+    at_bounds, _ = likelihood("forward_kl", 4.0, mean=zeros, log_std=-10 * ones, planner_actions=ones)
+    expected = A * Normal(0.0, 0.05).log_prob(th.tensor(0.999).atanh()) / 4.0
+    th.testing.assert_close(at_bounds, expected.expand(H, B, 1))
 
 
 def test_forward_kl_teaches_mean_and_std():

@@ -217,6 +217,8 @@ def test_deterministic_prediction_depends_on_observation_and_state_alone(tmp_pat
     for other in (model, loaded):
         alone = [other.predict(row, deterministic=True)[0] for row in obs]
         np.testing.assert_allclose(alone, batch, atol=1e-5)
+    zeros = [np.where([True, False], zero, obs) for zero in np.float32([0.0, -0.0])]
+    np.testing.assert_array_equal(*(model.predict(x, deterministic=True)[0] for x in zeros))
     sampled = [model.predict(obs)[0] for _ in range(2)]
     assert not np.allclose(*sampled)
 
@@ -338,6 +340,16 @@ def test_drawing_by_episode_waits_while_one_fills_the_buffer():
 def test_gradient_steps_zero_only_collects():
     model = make_model(gradient_steps=0).learn(40)
     assert model._n_updates == 0
+
+
+def test_an_update_moves_the_targets_by_tau():
+    model = BOOM("MlpPolicy", "Pendulum-v1", **TINY, tau=0.3).learn(25)
+    policy = model.policy
+    before = [parameter.clone() for parameter in policy.critic_target.parameters()]
+    model.train(1, 16)
+    for old, critic, target in zip(before, policy.critic.parameters(), policy.critic_target.parameters(), strict=True):
+        th.testing.assert_close(target, old + 0.3 * (critic.detach() - old))
+        assert not target.requires_grad
 
 
 @pytest.mark.parametrize("n_updates", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
