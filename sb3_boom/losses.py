@@ -397,7 +397,7 @@ def policy_loss(
         "align_loss": align_term,
         "align_active": align_active,
         "q_scale": scale,
-        "q_mean": masked_mean(values, valid, th.ones_like(weights) / len(weights)),
-        "log_prob": masked_mean(log_prob, valid, th.ones_like(weights) / len(weights)),
+        "q_mean": th.where(valid, values, 0.0).sum() / valid.sum(),
+        "log_prob": th.where(valid, log_prob, 0.0).sum() / valid.sum(),
     }
     return loss, scale, values.detach(), {name: term.detach() for name, term in terms.items()}

@@ -190,6 +190,8 @@ def test_policy_loss_is_value_entropy_and_weighted_alignment():
         value = value + 0.8**t / H * (0.3 * log_prob - q)[t][valid[t]].sum() / B
         alignment = alignment - 0.8**t / H * (weights * density[t][valid[t]] / new_scale).sum()
     th.testing.assert_close(terms["policy_value_loss"], value)
+    th.testing.assert_close(terms["q_mean"], values[valid].mean())
+    th.testing.assert_close(terms["log_prob"], log_prob[valid].mean())
     th.testing.assert_close(terms["align_loss"], alignment)
     th.testing.assert_close(loss, value + 0.7 * alignment)
 
