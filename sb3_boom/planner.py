@@ -7,13 +7,16 @@ Pure functions of networks, latents and noise (torch only), batched over ``E`` e
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch as th
 
 from sb3_boom.actor import Actor
 from sb3_boom.critic import Critic, draw_pairs
 from sb3_boom.world_model import WorldModel
+
+PLANNERS = ("mppi", "cem")
+PLANNER_KWARGS = ("n_samples", "n_elites", "n_policy_samples", "n_iterations", "temperature", "min_std", "max_std")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,32 @@ class PlannerConfig:
             raise ValueError(f"0 < min_std <= max_std is needed, not min_std={self.min_std}, max_std={self.max_std}")
         if self.temperature <= 0.0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
+
+
+def make_config(
+    name: str, planner_kwargs: dict[str, Any] | None, action_dim: int, horizon: int, gamma: float
+) -> PlannerConfig:
+    """
+    Check the planner's settings and fill in what is "auto".
+
+    :param name: "mppi" or "cem"
+    :param planner_kwargs: some of :data:`PLANNER_KWARGS`; ``n_iterations`` may be "auto": 6, or 8 for A >= 20
+    :param action_dim: ``A``
+    :param horizon: ``H``
+    :param gamma: discount
+    :return: the settings
+    :raises ValueError: for an unknown planner or key, or a value that no plan can be made with
+    """
+    if name not in PLANNERS:
+        raise ValueError(f"planner must be one of {', '.join(PLANNERS)}, not {name!r}")
+    # numpy's numbers too, but Python's in what is compiled
+    kwargs = {key: value.item() if hasattr(value, "item") else value for key, value in (planner_kwargs or {}).items()}
+    unknown = sorted(set(kwargs) - set(PLANNER_KWARGS))
+    if unknown:
+        raise ValueError(f"unknown planner_kwargs {', '.join(unknown)}: choose among {', '.join(PLANNER_KWARGS)}")
+    if kwargs.get("n_iterations", "auto") == "auto":
+        kwargs["n_iterations"] = 8 if action_dim >= 20 else 6
+    return PlannerConfig(**kwargs, horizon=horizon, gamma=gamma, uniform_elites=name == "cem")
 
 
 class PlannerNoise(NamedTuple):

@@ -19,7 +19,7 @@ from sb3_boom.actor import Actor
 from sb3_boom.augmentation import random_shift
 from sb3_boom.compilation import choose_compiler
 from sb3_boom.critic import Critic, draw_pairs
-from sb3_boom.planner import Plan, PlannerConfig
+from sb3_boom.planner import Plan, make_config
 from sb3_boom.world_model import WorldModel
 
 # name: (enc_dim, mlp_dim, latent_dim, n_critics, n_enc_layers); all but "tiny" are TD-MPC2's
@@ -31,8 +31,6 @@ MODEL_SIZES: dict[str, tuple[int, int, int, int, int]] = {
     "48M": (1792, 1792, 768, 5, 4),
     "317M": (4096, 4096, 1376, 8, 5),
 }
-PLANNERS = ("mppi", "cem")
-PLANNER_KWARGS = ("n_samples", "n_elites", "n_policy_samples", "n_iterations", "temperature", "min_std", "max_std")
 DETERMINISTIC_PAIRS_SEED = 0
 
 
@@ -162,7 +160,7 @@ class BOOMPolicy(BasePolicy):
         self.image_shift = image_shift
         self.compile_setting = compile
         self.encoder_lr_scale = encoder_lr_scale
-        self.planner_config = make_planner_config(planner, planner_kwargs, self.action_dim, horizon, gamma)
+        self.planner_config = make_config(planner, planner_kwargs, self.action_dim, horizon, gamma)
         self.features_extractor = self.make_features_extractor()
         for module in self.features_extractor.modules():
             if isinstance(module, NatureCNN):
@@ -435,32 +433,6 @@ class PolicyPrior:
         with th.no_grad():
             actions = policy.to_action_space(policy(obs, deterministic).cpu().numpy())
         return actions if vectorized else actions[0], state
-
-
-def make_planner_config(
-    name: str, planner_kwargs: dict[str, Any] | None, action_dim: int, horizon: int, gamma: float
-) -> PlannerConfig:
-    """
-    Check the planner's settings and fill in what is "auto".
-
-    :param name: "mppi" or "cem"
-    :param planner_kwargs: some of :data:`PLANNER_KWARGS`; ``n_iterations`` may be "auto": 6, or 8 for A >= 20
-    :param action_dim: ``A``
-    :param horizon: ``H``
-    :param gamma: discount
-    :return: the settings
-    :raises ValueError: for an unknown planner or key, or a value that no plan can be made with
-    """
-    if name not in PLANNERS:
-        raise ValueError(f"planner must be one of {', '.join(PLANNERS)}, not {name!r}")
-    # numpy's numbers too, but Python's in what is compiled
-    kwargs = {key: value.item() if isinstance(value, np.generic) else value for key, value in (planner_kwargs or {}).items()}
-    unknown = sorted(set(kwargs) - set(PLANNER_KWARGS))
-    if unknown:
-        raise ValueError(f"unknown planner_kwargs {', '.join(unknown)}: choose among {', '.join(PLANNER_KWARGS)}")
-    if kwargs.get("n_iterations", "auto") == "auto":
-        kwargs["n_iterations"] = 8 if action_dim >= 20 else 6
-    return PlannerConfig(**kwargs, horizon=horizon, gamma=gamma, uniform_elites=name == "cem")
 
 
 def finite_actions(actions: th.Tensor) -> np.ndarray:
