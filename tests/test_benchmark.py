@@ -1,6 +1,7 @@
 """Grids that go on where they were interrupted, CSVs that stay whole, and the report."""
 
 import argparse
+import functools
 import os
 import shutil
 import signal
@@ -239,7 +240,8 @@ def test_what_is_done_is_taken_only_for_the_same_settings(monkeypatch, capsys):
 def test_variants_are_settings_of_the_model(variant, monkeypatch):
     made = []
     init = runner.BOOM.__init__
-    monkeypatch.setattr(runner.BOOM, "__init__", lambda self, **kwargs: made.append(kwargs) or init(self, **kwargs))
+    noted = functools.wraps(init)(lambda self, **kwargs: made.append(kwargs) or init(self, **kwargs))
+    monkeypatch.setattr(runner.BOOM, "__init__", noted)
     file, overrides = zoo.hyperparams_file(True), {**SMALL, **OTHERS}
     runner.train_one("Pendulum-v1", variant, 0, 30, 30, Path("results.csv"), Path("run"), file, 1, overrides)
     assert [row.run for row in table()] == [("Pendulum-v1", variant, 0)]
