@@ -344,6 +344,15 @@ def test_published_curves_are_found_for_every_task_of_the_suites():
     assert [source for name, source in dog if name == "TD-MPC2"] == ["tdmpc2_dmc_hard_4M.csv"]
 
 
+def test_published_means_stand_only_where_they_were_measured():
+    (curve,) = (c for c in report.published_curves("dm_control/cheetah-run-v0") if c.algorithm == "TD-MPC2")
+    assert curve.at(100_000) == curve.at(104_000) == pytest.approx(519, abs=1)
+    assert np.isnan(curve.at(40_000))
+    rows.append(Path("results.csv"), [ROW._replace(task="dm_control/cheetah-run-v0", env_steps=40_000)])
+    report.write([Path("results.csv")], Path("page.md"))
+    assert "Beside published" not in Path("page.md").read_text()
+
+
 def test_interquartile_mean_leaves_out_the_extremes_and_its_interval_covers_it():
     scores = [np.array([0.0, 0.5, 0.6, 1.0]), np.array([0.4, 0.5, 0.7, 0.9])]
     mean, low, high = report.interquartile_mean(scores)

@@ -26,6 +26,7 @@ NAMES = {
 }
 MAX_RETURN = {"dm_control/": 1000.0}  # by the task's prefix: what scores are normalised by
 LEVEL = 0.95
+NEAR = 0.05  # of the env steps asked for
 
 
 class Curve(NamedTuple):
@@ -48,9 +49,12 @@ class Curve(NamedTuple):
     def at(self, env_steps: int) -> float:
         """
         :param env_steps: simulation steps
-        :return: mean return there, interpolated; NaN beyond the curve
+        :return: mean return at the point nearest to them; NaN if it is off by more than :data:`NEAR`, since a line drawn to
+            it, from the start for instance, says nothing
         """
-        return float(np.interp(env_steps, self.env_steps, self.mean, left=np.nan, right=np.nan))
+        nearest = np.abs(self.env_steps - env_steps).argmin()
+        near = abs(self.env_steps[nearest] - env_steps) <= NEAR * env_steps
+        return float(self.mean[nearest]) if near else float("nan")
 
 
 def published_name(task: str) -> str:
@@ -193,17 +197,19 @@ def _mean_and_std(returns: np.ndarray) -> str:
 
 
 def _beside_published(last: dict[tuple[str, str], list[Row]]) -> list[str]:
-    published = {task: curves for task, _ in last if (curves := published_curves(task))}
+    published = {
+        (task, variant): at
+        for (task, variant), runs in last.items()
+        if (at := {c.algorithm: mean for c in published_curves(task) if np.isfinite(mean := c.at(runs[0].env_steps))})
+    }
     if not published:
         return []
-    names = [name for name in NAMES.values() if any(c.algorithm == name for curves in published.values() for c in curves)]
+    names = [name for name in NAMES.values() if any(name in at for at in published.values())]
     lines = ["", "## Beside published means, at the same env steps", ""]
     lines += [f"| task | variant | env steps | ours | {' | '.join(names)} |", f"|---|---|--:|--:|{'--:|' * len(names)}"]
-    for (task, variant), runs in last.items():
-        if task not in published:
-            continue
-        at = {curve.algorithm: curve.at(runs[0].env_steps) for curve in published[task]}
-        cells = [f"{at[name]:.0f}" if np.isfinite(at.get(name, np.nan)) else "" for name in names]
+    for (task, variant), at in published.items():
+        runs = last[task, variant]
+        cells = [f"{at[name]:.0f}" if name in at else "" for name in names]
         ours = np.mean([row.planner_return for row in runs])
         lines.append(f"| {task} | {variant} | {runs[0].env_steps:,} | {ours:.0f} | {' | '.join(cells)} |")
     return [*lines, "", "Published values are means over seeds, without the seeds: they are shown, not resampled."]
