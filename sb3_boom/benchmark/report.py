@@ -165,7 +165,7 @@ def write(paths: Sequence[Path], output: Path, only: Sequence[str] | None = None
             problems.append(f"{task} {variant}: its seeds have no step in common; it is in the curves alone")
     tasks = list(dict.fromkeys(row.task for row in table))
     lines = [
-        "# Results",
+        f"# {output.stem.capitalize()}",
         "",
         "Last evaluation that all seeds of a row reached; mean and sample standard deviation over seeds.",
         "",
