@@ -168,7 +168,7 @@ def td_target(
     :param critic_pair: ``[2]`` int64
     :return: ``[H, B, 1]``
     """
-    next_values = critic_target.values(next_latents, actor.sample(next_latents, noise), critic_pair).amin(dim=0)
+    next_values = th.minimum(*critic_target.values(next_latents, actor.sample(next_latents, noise), critic_pair))
     return rewards + gamma * (1.0 - terminations) * next_values
 
 
@@ -375,7 +375,8 @@ def policy_loss(
     mean, log_std = actor(latents)
     action = th.tanh(mean + noise.policy_action * log_std.exp())
     log_prob = scaled_gaussian_log_prob(noise.policy_action, log_std) - squash_correction(action)
-    values = critic.values(latents, action, noise.critic_pairs[1], noise.policy_dropout).amin(dim=0)
+    # not amin, whose compiled gradient asks which value equals the minimum: after a rounding of its own maybe none, 0 / 0
+    values = th.minimum(*critic.values(latents, action, noise.critic_pairs[1], noise.policy_dropout))
     scale = update_scale(scale, values[0].detach(), config.tau)
     q = values / scale
 
