@@ -13,6 +13,8 @@ import torch as th
 from sb3_boom import kernels
 
 MAX_GRAPHS = 1024  # of one function in one process
+# what Python checks of every tensor between two kernels at every call; shapes are guarded before
+INDUCTOR_OPTIONS: dict[str, str | int | bool | Callable] = {"size_asserts": False, "alignment_asserts": False}
 # glibc's mallopt(3): parameter and value. Blocks of up to 32 MiB, its limit, come from a heap of which 512 MiB may be free
 MALLOC_OPTIONS = ((-3, 2**25), (-1, 2**29))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
@@ -28,7 +30,7 @@ def compiled(function: Callable) -> Callable:
     # a graph per model shape, coefficient and number of environments: more than the eight that torch allows by default
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(th._dynamo.config, limit, max(getattr(th._dynamo.config, limit), MAX_GRAPHS))
-    return th.compile(function, fullgraph=True, dynamic=False)
+    return th.compile(function, fullgraph=True, dynamic=False, options=INDUCTOR_OPTIONS)
 
 
 def eager(function: Callable) -> Callable:
