@@ -5,7 +5,6 @@ Pure functions of networks, latents and noise (torch only), batched over ``E`` e
 ``N`` samples, ``K`` elites, ``P`` policy trajectories, ``A`` action dimensions, ``L`` latent dimensions.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -289,7 +288,6 @@ def plan(
     previous_mean: th.Tensor,
     noise: PlannerNoise,
     terminations_seen: th.Tensor,
-    compiler: Callable[[Callable], Callable] = lambda function: function,
 ) -> Plan:
     """
     Plan an action for every environment (paper, MPPI with policy trajectories).
@@ -302,15 +300,14 @@ def plan(
     :param previous_mean: the last plan's mean, ``[E, H, A]``; zeros where an episode starts
     :param noise: see :func:`draw_noise`
     :param terminations_seen: scalar tensor, 1 once the data held a termination, else 0
-    :param compiler: turns a function into its compiled self; default: none
     :return: the plan. Its entries are NaN for an environment where no value was finite.
     """
-    policy_actions = compiler(policy_trajectories)(world_model, actor, z, noise.policy)
+    policy_actions = policy_trajectories(world_model, actor, z, noise.policy)
     mean = previous_mean.transpose(0, 1)
     mean = th.cat([mean[1:], th.zeros_like(mean[:1])])
     std = th.full_like(mean, config.max_std)
     for i in range(config.n_iterations):
-        mean, std, first_actions, weights = compiler(refine)(
+        mean, std, first_actions, weights = refine(
             world_model, actor, critic, config, z, policy_actions, mean, std,
             noise.candidates[i], noise.terminal[i], noise.critic_pairs[i], terminations_seen,
         )  # fmt: skip

@@ -262,16 +262,16 @@ class BOOMPolicy(BasePolicy):
         with th.no_grad():
             z = self.world_model.encode(self.features(obs))
             noise = self._deterministic_noise(obs) if deterministic else self._noise(len(z))
-            return planner.plan(
+            # one graph, all iterations: a call of a compiled function costs as much as a small product
+            return self.compiler(planner.plan)(
                 self.world_model,
                 self.actor,
                 self.critic,
                 self.planner_config,
                 z,
-                previous_mean,
+                previous_mean.contiguous(),  # a graph is for one layout, and plans' own means are transposed
                 noise,
                 self.terminations_seen,
-                self.compiler,
             )
 
     def _noise(self, n_envs: int, generator: th.Generator | None = None) -> planner.PlannerNoise:
