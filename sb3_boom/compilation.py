@@ -30,7 +30,11 @@ def compiled(function: Callable) -> Callable:
     # a graph per model shape, coefficient and number of environments: more than the eight that torch allows by default
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(th._dynamo.config, limit, max(getattr(th._dynamo.config, limit), MAX_GRAPHS))
-    return th.compile(function, fullgraph=True, dynamic=False, options=INDUCTOR_OPTIONS)
+    # gradients belong to the graph; torch before 2.11 can't have them there, and takes them outside of it
+    traces_gradients = hasattr(th._dynamo.config, "trace_autograd_ops")
+    if traces_gradients:
+        th._dynamo.config.trace_autograd_ops = True
+    return th.compile(function, fullgraph=traces_gradients, dynamic=False, options=INDUCTOR_OPTIONS)
 
 
 def eager(function: Callable) -> Callable:

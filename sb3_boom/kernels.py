@@ -68,7 +68,7 @@ class _MLP(th.autograd.Function):
         x, y, saved, mask, members, *parameters = ctx.saved_tensors
         group, n_layers, n_norms = ctx.sizes
         layers = _split(parameters, n_layers, n_norms)
-        of_input, of_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[6]
+        of_input, of_parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[6:])
         grad_x, *grads = th.ops.sb3_boom.mlp_backward(
             grad.contiguous(), x, y, saved, *layers[:3], mask, members, group, of_input, of_parameters
         )

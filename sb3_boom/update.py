@@ -1,13 +1,17 @@
 """One update of world model, critics and policy."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch as th
 
 from sb3_boom import losses
+from sb3_boom.actor import Actor
 from sb3_boom.buffers import SubTrajectories
+from sb3_boom.critic import Critic
 from sb3_boom.losses import LossConfig, UpdateNoise
 from sb3_boom.policies import BOOMPolicy
+from sb3_boom.world_model import WorldModel
 
 
 def update(
@@ -26,13 +30,13 @@ def update(
     features, next_features = encode_observations(policy, batch.observations)
 
     # World model and critics: predict latents, rewards, terminations and values along the latent rollout
-    loss, latents, model_terms = policy.compiler(losses.model_loss)(
+    gradients, latents, model_terms = policy.compiler(model_gradients)(
         policy.world_model,
         policy.actor,
         policy.critic,
         policy.critic_target,
         config,
-        features,
+        features.detach().requires_grad_(features.requires_grad),
         next_features,
         batch.actions,
         batch.rewards,
@@ -40,10 +44,13 @@ def update(
         batch.valid,
         noise,
     )
-    grad_norm = descend(policy.model_optimizer, loss, max_grad_norm)
+    if features.requires_grad:
+        *gradients, features_gradient = gradients
+        features.backward(features_gradient)
+    grad_norm = descend(policy.model_optimizer, (policy.world_model, policy.critic), gradients, max_grad_norm)
 
     # Policy: maximise value, align with the planner where value is high
-    loss, q_scale, values, policy_terms = policy.compiler(losses.policy_loss)(
+    gradients, q_scale, values, policy_terms = policy.compiler(policy_gradients)(
         policy.actor,
         policy.critic,
         config,
@@ -54,7 +61,7 @@ def update(
         policy.q_scale,
         noise,
     )
-    policy_grad_norm = descend(policy.actor_optimizer, loss, max_grad_norm)
+    policy_grad_norm = descend(policy.actor_optimizer, (policy.actor,), gradients, max_grad_norm)
 
     with th.no_grad():
         policy.q_scale.copy_(q_scale)
@@ -81,16 +88,69 @@ def encode_observations(policy: BOOMPolicy, observations: Any) -> tuple[th.Tenso
     return features, next_features.unflatten(0, (-1, len(features)))
 
 
-def descend(optimizer: th.optim.Optimizer, loss: th.Tensor, max_grad_norm: float) -> th.Tensor:
+def model_gradients(
+    world_model: WorldModel,
+    actor: Actor,
+    critic: Critic,
+    critic_target: Critic,
+    config: LossConfig,
+    features: th.Tensor,
+    *data: Any,
+) -> tuple[Sequence[th.Tensor], th.Tensor, dict[str, th.Tensor]]:
     """
-    :param optimizer: steps its parameters down the gradient of the loss, clipped
-    :param loss: scalar
+    :func:`losses.model_loss` and its gradients: one compiled graph, forward and backward.
+
+    :param world_model: to train
+    :param actor: the policy, for the TD target
+    :param critic: to train
+    :param critic_target: the target critics
+    :param config: coefficients
+    :param features: of the first observations, ``[B, F]``
+    :param data: the loss's other arguments
+    :return: gradients of world model's and critics' trained parameters, and of the features if they require one; latents
+        ``[H, B, L]``; the terms by their logged name
+    """
+    loss, latents, terms = losses.model_loss(world_model, actor, critic, critic_target, config, features, *data)
+    inputs = trained(world_model, critic)
+    if features.requires_grad:
+        inputs.append(features)
+    return th.autograd.grad(loss, inputs), latents, terms
+
+
+def policy_gradients(actor: Actor, *data: Any) -> tuple[Sequence[th.Tensor], th.Tensor, th.Tensor, dict[str, th.Tensor]]:
+    """
+    :func:`losses.policy_loss` and its gradients, as one graph too.
+
+    :param actor: to train
+    :param data: the loss's other arguments
+    :return: gradients of the policy's trained parameters; the new Q scale; Q-values ``[H, B, 1]``; the terms by their
+        logged name
+    """
+    loss, q_scale, values, terms = losses.policy_loss(actor, *data)
+    return th.autograd.grad(loss, trained(actor)), q_scale, values, terms
+
+
+def trained(*networks: th.nn.Module) -> list[th.Tensor]:
+    """
+    :param networks: any
+    :return: their parameters, but for those that a user has frozen
+    """
+    return [parameter for network in networks for parameter in network.parameters() if parameter.requires_grad]
+
+
+def descend(
+    optimizer: th.optim.Optimizer, networks: Sequence[th.nn.Module], gradients: Sequence[th.Tensor], max_grad_norm: float
+) -> th.Tensor:
+    """
+    :param optimizer: steps its parameters down their gradients, clipped
+    :param networks: whose gradients are given
+    :param gradients: of their trained parameters, in order; the optimizer's other parameters have theirs
     :param max_grad_norm: bound of the gradient's norm
     :return: norm of the gradient before clipping
     """
-    optimizer.zero_grad()
-    loss.backward()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    for parameter, gradient in zip(trained(*networks), gradients, strict=True):
+        parameter.grad = gradient.contiguous()  # fused Adam does not look at strides
+    norm = th.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_grad_norm)
     optimizer.step()
+    optimizer.zero_grad()
     return norm

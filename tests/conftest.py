@@ -1,11 +1,14 @@
-"""What all tests share: tiny models, and the golden vectors' place."""
+"""What all tests share: tiny models, a features extractor, and the golden vectors' place."""
 
 import os
 import pathlib
 
+import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from hypothesis import settings
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 th.set_num_threads(1)  # tiny matrices: a second thread only costs
 # first calls are slow on a loaded machine, and a suite should fail on the change that breaks it
@@ -24,6 +27,17 @@ TINY = dict(
     compile=False,
     seed=0,
 )
+
+
+class OneLayer(BaseFeaturesExtractor):
+    """A user's own extractor, with parameters."""
+
+    def __init__(self, observation_space: spaces.Box, features_dim: int = 5) -> None:
+        super().__init__(observation_space, features_dim)
+        self.layer = th.nn.Linear(int(np.prod(observation_space.shape)), features_dim)
+
+    def forward(self, observations):
+        return self.layer(observations.flatten(1))
 
 
 @pytest.fixture(scope="session")

@@ -6,15 +6,16 @@ import dataclasses
 import numpy as np
 import pytest
 import torch as th
-from conftest import TINY
+from conftest import TINY, OneLayer
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_boom import BOOM, kernels, losses
 from sb3_boom.actor import Actor
+from sb3_boom.buffers import SubTrajectories
 from sb3_boom.compilation import allow_tf32, compiled, compiler_works
 from sb3_boom.critic import Critic
-from sb3_boom.update import encode_observations
+from sb3_boom.update import encode_observations, model_gradients, policy_gradients, update
 
 pytestmark = pytest.mark.skipif(not compiler_works("cpu"), reason="no C++ compiler")
 
@@ -35,6 +36,14 @@ def models() -> tuple[BOOM, BOOM]:
 
 def n_graphs() -> int:
     return counters["stats"]["unique_graphs"]
+
+
+def draw(model: BOOM) -> tuple[SubTrajectories, losses.UpdateNoise]:
+    """An update's data and noise, the same ones at every call."""
+    th.manual_seed(0)
+    policy, batch = model.policy, model.replay_buffer.sample(16)
+    sizes = (policy.action_dim, policy.critic.n_critics, policy.critic.mlp_dim)
+    return batch, losses.draw_noise(model.horizon, 16, *sizes, policy.dropout, model.device)
 
 
 def observations(n: int) -> np.ndarray:
@@ -65,26 +74,19 @@ def test_compiled_gradients_equal_eager_ones(models):
     gradients = []
     for model in models:
         policy, config = model.policy, model._loss_config()
-        th.manual_seed(0)
-        batch = model.replay_buffer.sample(16)
-        sizes = (policy.action_dim, policy.critic.n_critics, policy.critic.mlp_dim)
-        noise = losses.draw_noise(model.horizon, 16, *sizes, policy.dropout, model.device)
+        batch, noise = draw(model)
         features, next_features = encode_observations(policy, batch.observations)
-        policy.zero_grad()
-        loss, latents, _ = policy.compiler(losses.model_loss)(
+        of_model, latents, _ = policy.compiler(model_gradients)(
             policy.world_model, policy.actor, policy.critic, policy.critic_target, config, features, next_features,
             batch.actions, batch.rewards, batch.terminations, batch.valid, noise,
         )  # fmt: skip
-        loss.backward()
-        loss, *_ = policy.compiler(losses.policy_loss)(
+        of_policy, *_ = policy.compiler(policy_gradients)(
             policy.actor, policy.critic, config, latents, batch.planner_actions, batch.planner_stds, batch.valid,
             policy.q_scale, noise,
         )  # fmt: skip
-        loss.backward()
-        gradients.append({name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None})
-        policy.zero_grad()
-    for name, eager in gradients[0].items():
-        assert (gradients[1][name] - eager).norm() <= 1e-5 * eager.norm(), name
+        gradients.append([*of_model, *of_policy])
+    for eager, ours in zip(*gradients, strict=True):
+        assert (ours - eager).norm() <= 1e-5 * eager.norm()
 
 
 @pytest.mark.parametrize("alignment", losses.ALIGNMENTS)
@@ -99,14 +101,12 @@ def test_compiled_gradients_of_every_alignment_equal_eager_ones(models, alignmen
     latents, planner_actions = th.rand(horizon, batch, 16), 2.0 * th.rand(horizon, batch, n_actions) - 1.0
     valid = th.ones(horizon, batch, 1, dtype=th.bool)
     gradients = []
-    for function in (losses.policy_loss, compiled(losses.policy_loss)):
-        actor.zero_grad()
+    for function in (policy_gradients, compiled(policy_gradients)):
         scale = th.tensor(3.0)  # so that "release" aligns
-        loss, *_ = function(
+        found, *_ = function(
             actor, critic, config, latents, planner_actions, th.ones_like(planner_actions), valid, scale, noise
         )
-        loss.backward()
-        gradients.append(th.cat([parameter.grad.flatten() for parameter in actor.parameters()]))
+        gradients.append(th.cat([gradient.flatten() for gradient in found]))
     eager, ours = gradients
     assert 0.0 < eager.norm() and (ours - eager).norm() <= 1e-5 * eager.norm()
 
@@ -125,6 +125,45 @@ def test_compiled_updates_equal_eager_ones(models):
     # Adam's steps have the learning rate's size however small the gradient is: where that is zero a last digit decides
     moved = th.cat([(parameters[name] - eager_parameters[name]).abs().flatten() for name in parameters])
     assert (moved > 1e-5).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_features_extractor_gets_the_losses_gradient(compile, monkeypatch):
+    """Its part of the way back lies outside of the compiled graph, since a user's may not compile."""
+    policy_kwargs = dict(TINY["policy_kwargs"], features_extractor_class=OneLayer)
+    model = BOOM("MlpPolicy", "Pendulum-v1", **dict(TINY, policy_kwargs=policy_kwargs)).learn(30)
+    policy, config = model.policy, model._loss_config()
+    policy.compile_setting = compile
+    batch, noise = draw(model)
+    weight = policy.features_extractor.layer.weight
+    features, next_features = encode_observations(policy, batch.observations)
+    loss, *_ = losses.model_loss(
+        policy.world_model, policy.actor, policy.critic, policy.critic_target, config, features, next_features,
+        batch.actions, batch.rewards, batch.terminations, batch.valid, noise,
+    )  # fmt: skip
+    (expected,) = th.autograd.grad(loss, [weight])
+    met = []
+    step = policy.model_optimizer.step
+    monkeypatch.setattr(policy.model_optimizer, "step", lambda: (met.append(weight.grad.clone()), step()))
+    for _ in range(2):  # the second's is not added to the first's
+        parameters = copy.deepcopy(policy.state_dict())
+        update(policy, batch, noise, config, max_grad_norm=1e6)
+        policy.load_state_dict(parameters)
+    for found in met:
+        th.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("frozen", ["world_model.encoder", "world_model.dynamics.0.linear", "critic"])
+def test_frozen_parameters_stay_and_the_others_are_trained(compile, frozen):
+    model = BOOM("MlpPolicy", "Pendulum-v1", **TINY).learn(30)
+    policy = model.policy
+    policy.compile_setting = compile
+    policy.get_submodule(frozen).requires_grad_(False)
+    before = copy.deepcopy(dict(policy.named_parameters()))
+    model.train(2, 16)
+    for name, parameter in policy.named_parameters():
+        assert th.equal(parameter, before[name]) == name.startswith(f"{frozen}."), name
 
 
 def test_nothing_is_compiled_again(models):

@@ -4,7 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from conftest import TINY
+from conftest import TINY, OneLayer
 from gymnasium import spaces
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.env_util import make_vec_env
@@ -38,17 +38,6 @@ class AnySpaceEnv(gym.Env):
         assert self.action_space.contains(action), action
         self.steps += 1
         return self.observation_space.sample(), float(np.sum(action)), False, self.steps >= 7, {}
-
-
-class OneLayer(BaseFeaturesExtractor):
-    """A user's own extractor, with parameters."""
-
-    def __init__(self, observation_space: spaces.Box, features_dim: int = 5) -> None:
-        super().__init__(observation_space, features_dim)
-        self.layer = th.nn.Linear(int(np.prod(observation_space.shape)), features_dim)
-
-    def forward(self, observations):
-        return self.layer(observations.flatten(1))
 
 
 def learn_save_load_predict(model: BOOM, path) -> None:
