@@ -224,22 +224,26 @@ def _aggregates(last: dict[tuple[str, str], list[Row]]) -> list[str]:
                 scores[row.agent_steps][variant][task, row.seed] = row.planner_return / highest
     lines = []
     for steps, variants in scores.items():
-        shared = sorted(set.intersection(*(set(runs) for runs in variants.values())))
-        tasks = sorted({task for task, _ in shared})
-        for variant, score in variants.items() if shared else ():
-            by_task = [np.array([score[run] for run in shared if run[0] == task]) for task in tasks]
+        shared = set.intersection(*(set(runs) for runs in variants.values()))
+        counted = [("all", variant, sorted(score)) for variant, score in variants.items()]
+        if shared and any(set(score) != shared for score in variants.values()):
+            counted += [("shared", variant, sorted(shared)) for variant in variants]
+        for which, variant, chosen in counted:
+            tasks = sorted({task for task, _ in chosen})
+            by_task = [np.array([variants[variant][run] for run in chosen if run[0] == task]) for task in tasks]
             mean, low, high = interquartile_mean(by_task)
             interval = f"{low:.3f} to {high:.3f}" if np.isfinite(low) else "a seed alone has none"
+            counts = f"{len(tasks)} | {len(chosen)}, {which}"
             average = np.mean([task.mean() for task in by_task])
-            lines.append(f"| {steps:,} | {variant} | {len(tasks)} | {len(shared)} | {mean:.3f} | {interval} | {average:.3f} |")
+            lines.append(f"| {steps:,} | {variant} | {counts} | {mean:.3f} | {interval} | {average:.3f} |")
     if not lines:
         return []
     return [
         "",
         "## Interquartile mean",
         "",
-        "Of planner returns divided by the task's maximum, over the runs (task and seed) that all variants with this last",
-        f"step have; {LEVEL:.0%} bootstrap interval.",
+        "Of planner returns divided by the task's maximum, over all runs (task and seed) of a variant; and, to compare",
+        f"variants, over the runs that all with this last step share. {LEVEL:.0%} bootstrap interval.",
         "",
         "| agent steps | variant | tasks | runs | interquartile mean | interval | mean |",
         "|--:|---|--:|--:|--:|--:|--:|",
