@@ -48,7 +48,8 @@ class BOOM(OffPolicyAlgorithm):
     Bootstrap Off-policy with World Model (BOOM), https://arxiv.org/abs/2511.00423.
 
     A planner (MPPI) acts in a learned latent world model. The policy learns from the critics and from what the planner
-    did, softly weighted by value, and starts the next plan. Defaults are the paper's.
+    did, softly weighted by value, and starts the next plan. Defaults are the authors' program's, but for learned terminations
+    and uniform sampling.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gymnasium, can be str)
@@ -69,7 +70,7 @@ class BOOM(OffPolicyAlgorithm):
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation, such as
         ``sampling="episode"`` or ``value_temperature=1.0``. With a ``value_temperature`` the buffer draws by value, so
         the alignment's own weights become uniform
-    :param optimize_memory_usage: only False: the buffer stores every observation once as it is
+    :param optimize_memory_usage: only False: the buffer already stores every observation only once
     :param n_steps: only 1: the world model looks ``horizon`` steps ahead instead
     :param use_sde: only False: the planner explores by itself
     :param pretrain_steps: updates at the end of warm-up, once per model. Default "auto": ``learning_starts``
@@ -92,8 +93,9 @@ class BOOM(OffPolicyAlgorithm):
     :param align_temperature: ``τ_w``, temperature of the soft value weights; lower favours high values more
     :param align_warmup: imitate the random actions of warm-up too, as the release does; False: only what was planned
     :param planner: "mppi" or "cem"
-    :param planner_kwargs: what a plan costs: ``n_samples`` (512), ``n_elites`` (64), ``n_policy_samples`` (24),
-        ``n_iterations`` ("auto": 6, or 8 for A >= 20), ``temperature`` (0.5), ``min_std`` (0.05), ``max_std`` (2)
+    :param planner_kwargs: ``n_samples`` (512) action sequences scored in every one of ``n_iterations`` ("auto": 6, or 8 for
+        A >= 20), ``n_policy_samples`` (24) of them by the policy; the best ``n_elites`` (64) shape the next iteration,
+        weighted by ``exp(temperature * value)`` (0.5) but for "cem"; ``min_std`` (0.05) and ``max_std`` (2) bound its std
     :param compile: compile planner and losses with torch.compile. Default "auto": where it works
     :param tf32: on a GPU, let matrix products round their factors to TF32 (10 bits of mantissa), as its tensor cores multiply
         them; this is torch's own setting, of the whole process. Default True; False leaves it as it is
@@ -280,7 +282,7 @@ class BOOM(OffPolicyAlgorithm):
         Act, store, update, as in any SB3 algorithm. Random warm-up and pretraining happen once per model; a model that was
         loaded without its replay buffer acts with its planner until the new one holds ``learning_starts`` transitions.
 
-        :param total_timesteps: The total number of samples (env steps) to train on
+        :param total_timesteps: The total number of samples (steps of all environments together) to train on
         :param callback: callback(s) called at every step with state of the algorithm.
         :param log_interval: episodes between two logs
         :param tb_log_name: the name of the run for TensorBoard logging
@@ -379,6 +381,7 @@ class BOOM(OffPolicyAlgorithm):
         return LossConfig(**settings)
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        self.policy.model_optimizer.param_groups[0]["lr_scale"] = self.encoder_lr_scale  # loaded parameters have their own
         super()._update_learning_rate(optimizers)
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             for group in optimizer.param_groups:
@@ -518,6 +521,4 @@ class BOOM(OffPolicyAlgorithm):
         check_archive(path)
         check_load_arguments(cls.__mro__[: cls.__mro__.index(BOOM) + 1], kwargs)
         with misfit_named(path, kwargs):
-            model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-        model.policy.model_optimizer.param_groups[0]["lr_scale"] = model.encoder_lr_scale  # the archive has its own
-        return model
+            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)

@@ -71,7 +71,7 @@ class WeightedReplayBuffer(ReplayBuffer):
     :param action_space: Box
     :param device: where samples go, and the storage too if it fits
     :param n_envs: number of environments
-    :param optimize_memory_usage: must be False: observations are stored once as it is
+    :param optimize_memory_usage: must be False: every observation is already stored only once
     :param horizon: ``H``, steps of a window; default 3
     :param sampling: "uniform" over transitions (default), or "episode" as the authors' release: first a finished episode
         longer than ``horizon``, then a window inside it, which over-draws short episodes
@@ -99,7 +99,7 @@ class WeightedReplayBuffer(ReplayBuffer):
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         if optimize_memory_usage:
             raise ValueError(
-                "optimize_memory_usage must be False: WeightedReplayBuffer stores every observation once as it is"
+                "optimize_memory_usage must be False: WeightedReplayBuffer already stores every observation only once"
             )
         if horizon < 1:
             raise ValueError(f"horizon must be at least 1, not {horizon}")
@@ -204,7 +204,10 @@ class WeightedReplayBuffer(ReplayBuffer):
                     f"images of shape {value.shape[1:]} do not fit the observation space's {shape}. VecNormalize keeps them "
                     "as they were before VecTransposeImage: wrap the other way round, VecNormalize(VecTransposeImage(env))"
                 )
-            dtype = np.dtype(np.float32) if value.dtype == np.float64 else value.dtype
+            space = self.observation_space[key] if key else self.observation_space  # type: ignore[index]
+            # whole numbers, of which the first observation of a careless environment may be made, would cut off later ones
+            is_real = np.issubdtype(space.dtype, np.floating) and not np.issubdtype(value.dtype, np.floating)
+            dtype = np.dtype(np.float32) if is_real or value.dtype == np.float64 else value.dtype
             rows[key] = np.array(value, dtype=dtype).reshape(self.n_envs, *shape)
         return rows
 

@@ -28,7 +28,7 @@ commands, of which the first five take rl_zoo3's options (sb3-boom COMMAND --hel
   bench      measure what a step costs on this machine
 
 options:
-  --cpu        settings sized for two CPU cores (boom-cpu.yml) instead of the paper's (boom.yml)
+  --cpu        train, optimize, list, benchmark: settings for two CPU cores (boom-cpu.yml) instead of those of boom.yml
   --traceback  show where an error comes from"""
 USER_ERRORS = (ValueError, ImportError, OSError, gym.error.Error)
 OTHER_ERRORS = (TypeError, AssertionError, KeyError, RuntimeError)  # a mistake of the user's, or of a program's
@@ -82,10 +82,9 @@ def optimize(arguments: list[str], cpu: bool) -> None:
     train(["-optimize", *arguments], cpu)
 
 
-def enjoy(arguments: list[str], cpu: bool) -> None:
+def enjoy(arguments: list[str]) -> None:
     """
     :param arguments: of rl_zoo3's ``enjoy``
-    :param cpu: unused: the settings are the saved model's
     """
     from rl_zoo3.enjoy import enjoy as rl_zoo3_enjoy
 
@@ -94,20 +93,18 @@ def enjoy(arguments: list[str], cpu: bool) -> None:
     rl_zoo3_enjoy()
 
 
-def record(arguments: list[str], cpu: bool) -> None:
+def record(arguments: list[str]) -> None:
     """
     :param arguments: of rl_zoo3's ``record_video``
-    :param cpu: unused: the settings are the saved model's
     """
     _rl_zoo3(arguments)
     sys.argv[1:] = ["--algo", "boom", "-f", "logs", *arguments]
     runpy.run_module("rl_zoo3.record_video", run_name="__main__")
 
 
-def plot(arguments: list[str], cpu: bool) -> None:
+def plot(arguments: list[str]) -> None:
     """
     :param arguments: of rl_zoo3's ``plot_train``
-    :param cpu: unused
     """
     from rl_zoo3.plots.plot_train import plot_train
 
@@ -143,26 +140,19 @@ def benchmark(arguments: list[str], cpu: bool) -> None:
     command.benchmark(arguments, cpu)
 
 
-def bench(arguments: list[str], cpu: bool) -> None:
+def bench(arguments: list[str]) -> None:
     """
     :param arguments: of :func:`sb3_boom.benchmark.step.bench`
-    :param cpu: unused: the model's size is an option
     """
     from sb3_boom.benchmark import step
 
     step.bench(arguments)
 
 
-COMMANDS: dict[str, Callable[[list[str], bool], None]] = dict(
-    train=train,
-    enjoy=enjoy,
-    optimize=optimize,
-    record=record,
-    plot=plot,
-    list=list_environments,
-    benchmark=benchmark,
-    bench=bench,
+BY_ENTRY: dict[str, Callable[[list[str], bool], None]] = dict(
+    train=train, optimize=optimize, list=list_environments, benchmark=benchmark
 )
+OTHERS: dict[str, Callable[[list[str]], None]] = dict(enjoy=enjoy, record=record, plot=plot, bench=bench)
 
 
 def _one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
@@ -187,14 +177,16 @@ def main() -> None:
         print(USAGE)
         return
     command, *arguments = arguments
-    if command not in COMMANDS:
-        fail(f"unknown command {command}: choose among {', '.join(COMMANDS)}")
+    if command not in BY_ENTRY and command not in OTHERS:
+        fail(f"unknown command {command}: choose among {', '.join((*BY_ENTRY, *OTHERS))}")
     cpu = "--cpu" in arguments
+    if cpu and command in OTHERS:
+        fail(f"{command} reads no hyperparameter file, so leave out --cpu")
     arguments = [argument for argument in arguments if argument != "--cpu"]
     sys.argv[0] = f"sb3-boom {command}"
     argparse.ArgumentParser.error = _one_line  # type: ignore[method-assign, assignment]  # rl_zoo3's parsers are its own
     try:
-        COMMANDS[command](arguments, cpu)
+        BY_ENTRY[command](arguments, cpu) if command in BY_ENTRY else OTHERS[command](arguments)
     except (*USER_ERRORS, *OTHER_ERRORS) as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():  # `sb3-boom list | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

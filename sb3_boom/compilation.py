@@ -12,28 +12,32 @@ import torch as th
 
 from sb3_boom import kernels
 
-MAX_GRAPHS = 1024  # of one function in one process
+# a graph per model shape, coefficient and number of environments: more than the eight of one function that torch allows
+DYNAMO_LIMITS = {"recompile_limit": 1024, "accumulated_recompile_limit": 1024, "trace_autograd_ops": True}
 # what Python checks of every tensor between two kernels at every call; shapes are guarded before
 INDUCTOR_OPTIONS: dict[str, str | int | bool | Callable] = {"size_asserts": False, "alignment_asserts": False}
 # glibc's mallopt(3): parameter and value. Blocks of up to 32 MiB, its limit, come from a heap of which 512 MiB may be free
 MALLOC_OPTIONS = ((-3, 2**25), (-1, 2**29))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
-@functools.cache
 def compiled(function: Callable) -> Callable:
     """
     Compile a function, once per process. Graphs are specialised on shapes, and kept out of models and their pickles.
 
-    :param function: a function of tensors, modules and constants without graph breaks
+    :param function: a function of tensors, modules and constants without graph breaks, but for gradients by
+        ``torch.autograd.grad``, which belong to the graph with torch 2.11 or later
     :return: the compiled function, which compiles at its first call
     """
-    # a graph per model shape, coefficient and number of environments: more than the eight that torch allows by default
-    for limit in ("recompile_limit", "accumulated_recompile_limit"):
-        setattr(th._dynamo.config, limit, max(getattr(th._dynamo.config, limit), MAX_GRAPHS))
-    # gradients belong to the graph; torch before 2.11 can't have them there, and takes them outside of it
+    # torch keeps these by thread and context, so they are looked at in every call, and set in a new one
+    for name, least in DYNAMO_LIMITS.items():
+        if getattr(th._dynamo.config, name, least) < least:
+            setattr(th._dynamo.config, name, least)
+    return _compile(function)
+
+
+@functools.cache
+def _compile(function: Callable) -> Callable:
     traces_gradients = hasattr(th._dynamo.config, "trace_autograd_ops")
-    if traces_gradients:
-        th._dynamo.config.trace_autograd_ops = True
     return th.compile(function, fullgraph=traces_gradients, dynamic=False, options=INDUCTOR_OPTIONS)
 
 

@@ -162,10 +162,11 @@ class BOOMPolicy(BasePolicy):
         self.encoder_lr_scale = encoder_lr_scale
         self.planner_config = make_config(planner, planner_kwargs, self.action_dim, horizon, gamma)
         self.features_extractor = self.make_features_extractor()
-        for module in self.features_extractor.modules():
-            if isinstance(module, NatureCNN):
-                # as SB3's on-policy policies: torch's own start makes almost the same features of all dark images
-                module.apply(functools.partial(self.init_weights, gain=np.sqrt(2)))
+        if type(self.features_extractor) in (NatureCNN, CombinedExtractor):  # not a user's, which may be trained already
+            # as SB3's on-policy policies: torch's own start makes almost the same features of all dark images
+            for module in self.features_extractor.modules():
+                if isinstance(module, NatureCNN):
+                    module.apply(functools.partial(self.init_weights, gain=np.sqrt(2)))
         self.world_model = WorldModel(
             self.features_extractor.features_dim,
             self.action_dim,
@@ -192,7 +193,7 @@ class BOOMPolicy(BasePolicy):
         in_encoder = {id(parameter) for parameter in encoder}
         others = [p for p in (*self.world_model.parameters(), *self.critic.parameters()) if id(p) not in in_encoder]
         kwargs = dict(self.optimizer_kwargs)
-        if issubclass(self.optimizer_class, th.optim.Adam):
+        if issubclass(self.optimizer_class, th.optim.Adam) and not kwargs.keys() & {"foreach", "differentiable"}:
             kwargs.setdefault("fused", True)
         # every group's own part of the schedule stays with it, through saving and loading too
         groups = [

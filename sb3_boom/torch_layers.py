@@ -93,7 +93,7 @@ class MLP(nn.Sequential):
         :param x: ``[..., in_features]``
         :return: ``[..., out_features]``
         """
-        if not kernels.usable(x):
+        if not (kernels.usable(x) and self._is_what_the_kernel_does()):
             return super().forward(x)
         normed = [layer for layer in self if isinstance(layer, NormedLinear)]
         linear = [layer.linear for layer in normed]
@@ -108,6 +108,13 @@ class MLP(nn.Sequential):
         last = self[-1].activation if isinstance(self[-1], NormedLinear) else None
         group_size = last.group_size if isinstance(last, SimNorm) else 0
         return kernels.mlp(x.flatten(0, -2), layers, group_size).view(*x.shape[:-1], linear[-1].out_features)
+
+    def _is_what_the_kernel_does(self) -> bool:
+        """Whether all layers are those of :func:`mlp`: a user's policy may have put others in their place."""
+        *hidden, last = self
+        return all(isinstance(layer, NormedLinear) and type(layer.activation) is Mish for layer in hidden) and (
+            type(last) is nn.Linear or (isinstance(last, NormedLinear) and type(last.activation) in (SimNorm, nn.Identity))
+        )
 
 
 class EnsembleLinear(nn.Module):

@@ -1,17 +1,20 @@
 """One update of world model, critics and policy."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch as th
 
 from sb3_boom import losses
 from sb3_boom.actor import Actor
 from sb3_boom.buffers import SubTrajectories
+from sb3_boom.compilation import eager
 from sb3_boom.critic import Critic
 from sb3_boom.losses import LossConfig, UpdateNoise
 from sb3_boom.policies import BOOMPolicy
 from sb3_boom.world_model import WorldModel
+
+Gradients: TypeAlias = Sequence[th.Tensor | None]
 
 
 def update(
@@ -27,10 +30,15 @@ def update(
     :param max_grad_norm: bound of either optimizer's gradient
     :return: Q-values of the batch's steps ``[H, B, 1]``; the terms to log by their name
     """
+    compiler = policy.compiler
+    for optimizer in (policy.model_optimizer, policy.actor_optimizer):
+        optimizer.zero_grad()
+        if any(parameter._backward_hooks for parameter in parameters_of(optimizer)):
+            compiler = eager  # a user's hook on a parameter's gradient is not called in a compiled graph
     features, next_features = encode_observations(policy, batch.observations)
 
     # World model and critics: predict latents, rewards, terminations and values along the latent rollout
-    gradients, latents, model_terms = policy.compiler(model_gradients)(
+    gradients, latents, model_terms = compiler(model_gradients)(
         policy.world_model,
         policy.actor,
         policy.critic,
@@ -50,7 +58,7 @@ def update(
     grad_norm = descend(policy.model_optimizer, (policy.world_model, policy.critic), gradients, max_grad_norm)
 
     # Policy: maximise value, align with the planner where value is high
-    gradients, q_scale, values, policy_terms = policy.compiler(policy_gradients)(
+    gradients, q_scale, values, policy_terms = compiler(policy_gradients)(
         policy.actor,
         policy.critic,
         config,
@@ -96,7 +104,7 @@ def model_gradients(
     config: LossConfig,
     features: th.Tensor,
     *data: Any,
-) -> tuple[Sequence[th.Tensor], th.Tensor, dict[str, th.Tensor]]:
+) -> tuple[Gradients, th.Tensor, dict[str, th.Tensor]]:
     """
     :func:`losses.model_loss` and its gradients: one compiled graph, forward and backward.
 
@@ -114,10 +122,10 @@ def model_gradients(
     inputs = trained(world_model, critic)
     if features.requires_grad:
         inputs.append(features)
-    return th.autograd.grad(loss, inputs), latents, terms
+    return differentiate(loss, inputs), latents, terms
 
 
-def policy_gradients(actor: Actor, *data: Any) -> tuple[Sequence[th.Tensor], th.Tensor, th.Tensor, dict[str, th.Tensor]]:
+def policy_gradients(actor: Actor, *data: Any) -> tuple[Gradients, th.Tensor, th.Tensor, dict[str, th.Tensor]]:
     """
     :func:`losses.policy_loss` and its gradients, as one graph too.
 
@@ -127,7 +135,7 @@ def policy_gradients(actor: Actor, *data: Any) -> tuple[Sequence[th.Tensor], th.
         logged name
     """
     loss, q_scale, values, terms = losses.policy_loss(actor, *data)
-    return th.autograd.grad(loss, trained(actor)), q_scale, values, terms
+    return differentiate(loss, trained(actor)), q_scale, values, terms
 
 
 def trained(*networks: th.nn.Module) -> list[th.Tensor]:
@@ -138,8 +146,17 @@ def trained(*networks: th.nn.Module) -> list[th.Tensor]:
     return [parameter for network in networks for parameter in network.parameters() if parameter.requires_grad]
 
 
+def differentiate(loss: th.Tensor, inputs: Sequence[th.Tensor]) -> Gradients:
+    """
+    :param loss: scalar
+    :param inputs: maybe none
+    :return: the loss's gradient by each of them, None where it does not depend on it
+    """
+    return th.autograd.grad(loss, inputs, allow_unused=True) if inputs else ()
+
+
 def descend(
-    optimizer: th.optim.Optimizer, networks: Sequence[th.nn.Module], gradients: Sequence[th.Tensor], max_grad_norm: float
+    optimizer: th.optim.Optimizer, networks: Sequence[th.nn.Module], gradients: Gradients, max_grad_norm: float
 ) -> th.Tensor:
     """
     :param optimizer: steps its parameters down their gradients, clipped
@@ -149,8 +166,16 @@ def descend(
     :return: norm of the gradient before clipping
     """
     for parameter, gradient in zip(trained(*networks), gradients, strict=True):
-        parameter.grad = gradient.contiguous()  # fused Adam does not look at strides
-    norm = th.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_grad_norm)
+        if gradient is not None:
+            parameter.grad = gradient.contiguous()  # fused Adam does not look at strides
+    norm = th.nn.utils.clip_grad_norm_(parameters_of(optimizer), max_grad_norm)
     optimizer.step()
-    optimizer.zero_grad()
     return norm
+
+
+def parameters_of(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
+    """
+    :param optimizer: any
+    :return: all of its parameters
+    """
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -292,6 +292,14 @@ def test_observations_are_stored_raw_in_their_own_type(space, stored):
         assert tensor.shape == (4, 8, *shape)
 
 
+def test_a_first_observation_of_whole_numbers_does_not_cut_off_later_ones():
+    buffer = WeightedReplayBuffer(20, OBS_SPACE, ACTION_SPACE, "cpu")
+    for obs, next_obs in (([[0, 0]], [[1, 1]]), ([[1, 1]], [[0.5, 0.7]])):
+        buffer.add(np.array(obs), np.array(next_obs), np.zeros((1, 1)), np.zeros(1), np.ones(1, dtype=bool), [{}])
+    assert buffer._storage["obs/"].dtype == th.float32
+    assert buffer._last_next_obs[""].tolist() == [pytest.approx([0.5, 0.7])]
+
+
 def test_samples_are_normalised_with_current_statistics():
     env = VecNormalize(make_vec_env("Pendulum-v1", n_envs=2, seed=0), clip_obs=1.5)
     env.reset()

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -44,6 +45,10 @@ def draw(model: BOOM) -> tuple[SubTrajectories, losses.UpdateNoise]:
     policy, batch = model.policy, model.replay_buffer.sample(16)
     sizes = (policy.action_dim, policy.critic.n_critics, policy.critic.mlp_dim)
     return batch, losses.draw_noise(model.horizon, 16, *sizes, policy.dropout, model.device)
+
+
+def squares_gradient(x: th.Tensor) -> th.Tensor:
+    return th.autograd.grad(x.square().sum(), [x])[0]
 
 
 def observations(n: int) -> np.ndarray:
@@ -145,6 +150,7 @@ def test_features_extractor_gets_the_losses_gradient(compile, monkeypatch):
     met = []
     step = policy.model_optimizer.step
     monkeypatch.setattr(policy.model_optimizer, "step", lambda: (met.append(weight.grad.clone()), step()))
+    weight.grad = th.ones_like(weight)  # of an earlier loss
     for _ in range(2):  # the second's is not added to the first's
         parameters = copy.deepcopy(policy.state_dict())
         update(policy, batch, noise, config, max_grad_norm=1e6)
@@ -154,16 +160,43 @@ def test_features_extractor_gets_the_losses_gradient(compile, monkeypatch):
 
 
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("frozen", ["world_model.encoder", "world_model.dynamics.0.linear", "critic"])
+@pytest.mark.parametrize("frozen", ["world_model.encoder", "world_model.dynamics.0.linear", "critic", "actor"])
 def test_frozen_parameters_stay_and_the_others_are_trained(compile, frozen):
     model = BOOM("MlpPolicy", "Pendulum-v1", **TINY).learn(30)
     policy = model.policy
     policy.compile_setting = compile
-    policy.get_submodule(frozen).requires_grad_(False)
+    for parameter in policy.get_submodule(frozen).requires_grad_(False).parameters():
+        parameter.grad = th.ones_like(parameter)  # of an earlier loss
     before = copy.deepcopy(dict(policy.named_parameters()))
     model.train(2, 16)
     for name, parameter in policy.named_parameters():
         assert th.equal(parameter, before[name]) == name.startswith(f"{frozen}."), name
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_parameters_that_no_loss_uses_are_left_alone_and_hooks_on_gradients_are_called(compile):
+    model = BOOM("MlpPolicy", "Pendulum-v1", **TINY).learn(30)
+    policy = model.policy
+    policy.compile_setting = compile
+    policy.actor.auxiliary = th.nn.Linear(2, 2)
+    policy._build_optimizers(model.lr_schedule)
+    bias = next(parameter for name, parameter in policy.actor.named_parameters() if name.endswith("bias"))
+    bias.register_hook(th.zeros_like)
+    before = copy.deepcopy((policy.actor.auxiliary.weight, bias))
+    model.train(2, 16)
+    for parameter, was in zip((policy.actor.auxiliary.weight, bias), before, strict=True):
+        assert th.equal(parameter, was)
+
+
+def test_gradients_are_compiled_in_other_threads_too():
+    """Torch keeps its settings by thread, and refuses them without."""
+
+    def differentiate(n: int) -> list[float]:
+        return compiled(squares_gradient)(th.ones(n, requires_grad=True)).tolist()
+
+    assert differentiate(1) == [2.0]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(differentiate, 2).result() == [2.0, 2.0]
 
 
 def test_nothing_is_compiled_again(models):

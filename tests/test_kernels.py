@@ -6,7 +6,7 @@ import pytest
 import torch as th
 
 from sb3_boom import kernels
-from sb3_boom.compilation import compiler_works
+from sb3_boom.compilation import compiled, compiler_works
 from sb3_boom.torch_layers import MLP, EnsembleMLP, SimNorm, mlp
 
 pytestmark = pytest.mark.skipif(not compiler_works("cpu"), reason="no C++ compiler")
@@ -167,3 +167,11 @@ def test_no_rows_are_no_work(monkeypatch, name):
         with th.no_grad():
             outputs.append(network(th.zeros(shape)))
     assert outputs[0].shape == outputs[1].shape
+
+
+def test_other_activations_are_compiled_as_they_are():
+    """The kernel knows Mish alone; a user's policy may have put something else in its place."""
+    network = make_network("plain head")
+    network[0].activation = th.nn.Tanh()
+    x = th.randn(15, 7)
+    th.testing.assert_close(compiled(type(network).__call__)(network, x), network(x), rtol=1e-4, atol=1e-5)

@@ -251,6 +251,12 @@ def test_policy_and_buffer_pickle_and_copy():
     assert pickle.loads(pickle.dumps(model.replay_buffer)).size() == 30
 
 
+@pytest.mark.parametrize("optimizer_kwargs", [dict(foreach=True), dict(fused=False), dict(betas=(0.8, 0.9))], ids=str)
+def test_optimizer_takes_its_own_arguments(optimizer_kwargs):
+    model = make_model(policy_kwargs=dict(TINY["policy_kwargs"], optimizer_kwargs=optimizer_kwargs)).learn(25)
+    assert optimizer_kwargs.items() <= model.policy.model_optimizer.defaults.items() and model._n_updates > 0
+
+
 def test_learning_rate_schedule_keeps_the_encoders_ratio():
     model = make_model(learning_rate=lambda progress: 1e-3 * (0.5 + 0.4 * progress), encoder_lr_scale=0.5).learn(40)
     encoder, others = model.policy.model_optimizer.param_groups

@@ -78,6 +78,8 @@ def test_encoders_part_of_the_learning_rate_can_be_changed_when_loading(model, t
     model.save(tmp_path / "model")
     loaded = BOOM.load(tmp_path / "model", env=gym.make(PENDULUM), encoder_lr_scale=0.9)
     loaded.learn(25)
+    loaded.set_parameters(model.get_parameters())  # which have their own
+    loaded.learn(3)
     encoder, others = loaded.policy.model_optimizer.param_groups
     assert encoder["lr"] == pytest.approx(0.9 * others["lr"])
 

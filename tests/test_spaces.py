@@ -10,7 +10,7 @@ from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
 from sb3_boom import BOOM, MlpPolicy
@@ -111,6 +111,21 @@ def test_features_of_dark_images_differ_from_the_start(policy):
     obs, _ = model.policy.obs_to_tensor(images if policy == "CnnPolicy" else {"a": images})
     features = model.policy.features(obs)
     assert features.std(dim=0).mean() > 0.5 * features.abs().mean()
+
+
+class TrainedCNN(NatureCNN):
+    """A user's own network, which would have loaded its weights."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space)
+        th.nn.init.constant_(self.cnn[0].weight, 0.5)
+
+
+def test_features_extractor_of_ones_own_starts_as_it_was_made():
+    env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=False, channel_first=True)
+    policy_kwargs = dict(TINY["policy_kwargs"], features_extractor_class=TrainedCNN)
+    model = BOOM("CnnPolicy", env, **dict(SMALL_IMAGES, policy_kwargs=policy_kwargs))
+    assert (model.policy.features_extractor.cnn[0].weight == 0.5).all()
 
 
 def test_images_are_shifted_while_learning_only(monkeypatch):

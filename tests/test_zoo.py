@@ -192,6 +192,7 @@ def test_lists_environments(run):
         (["train", "--env", "Pendulum-v1", "--frob", "1"], "unrecognized arguments: --frob"),
         (["train", "--env", "Pendulum-v1", "-params", "planer:1"], "planer"),
         (["train", "--env", "Pendulum-v1", "--conf-file", "no.yml"], "no.yml"),
+        (["enjoy", "--env", "Pendulum-v1", "--cpu"], "leave out --cpu"),
         (["enjoy", "--env", "Pendulum-v1"], "not found"),
         (["list", "--frob"], "--frob"),
     ],
@@ -225,7 +226,7 @@ def test_measures_what_a_step_costs(run, tmp_path):
 
 def test_help_names_every_command(run):
     status, output, _ = run("--help")
-    assert status == 0 and all(f"  {command} " in output for command in cli.COMMANDS)
+    assert status == 0 and all(f"  {command} " in output for command in (*cli.BY_ENTRY, *cli.OTHERS))
 
 
 def test_wheel_has_the_hyperparameters(tmp_path):
