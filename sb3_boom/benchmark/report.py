@@ -168,7 +168,7 @@ def write(paths: Sequence[Path], output: Path, only: Sequence[str] | None = None
         f"# {output.stem.capitalize()}",
         "",
         "Last evaluation that all seeds of a row reached; mean and sample standard deviation over seeds. The policy prior is",
-        "the policy without planning. A variant is named for its alignment, or for what else differs from its hyperparameter file.",
+        "the policy without planning. A variant is named for its alignment, or for what differs from its hyperparameter file.",
         "",
     ]
     lines += ["| task | variant | agent steps | env steps | seeds | planner | policy prior | each seed's planner |"]
