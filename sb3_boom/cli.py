@@ -181,7 +181,7 @@ def main() -> None:
         fail(f"unknown command {command}: choose among {', '.join((*BY_ENTRY, *OTHERS))}")
     cpu = "--cpu" in arguments
     if cpu and command in OTHERS:
-        fail(f"{command} reads no hyperparameter file, so leave out --cpu")
+        fail(f"{command} takes no --cpu, which chooses the settings of {', '.join(BY_ENTRY)}")
     arguments = [argument for argument in arguments if argument != "--cpu"]
     sys.argv[0] = f"sb3-boom {command}"
     argparse.ArgumentParser.error = _one_line  # type: ignore[method-assign, assignment]  # rl_zoo3's parsers are its own

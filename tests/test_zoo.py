@@ -192,7 +192,7 @@ def test_lists_environments(run):
         (["train", "--env", "Pendulum-v1", "--frob", "1"], "unrecognized arguments: --frob"),
         (["train", "--env", "Pendulum-v1", "-params", "planer:1"], "planer"),
         (["train", "--env", "Pendulum-v1", "--conf-file", "no.yml"], "no.yml"),
-        (["enjoy", "--env", "Pendulum-v1", "--cpu"], "leave out --cpu"),
+        (["enjoy", "--env", "Pendulum-v1", "--cpu"], "takes no --cpu"),
         (["enjoy", "--env", "Pendulum-v1"], "not found"),
         (["list", "--frob"], "--frob"),
     ],
