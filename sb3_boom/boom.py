@@ -70,7 +70,7 @@ class BOOM(OffPolicyAlgorithm):
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation, such as
         ``sampling="episode"`` or ``value_temperature=1.0``. With a ``value_temperature`` the buffer draws by value, so
         the alignment's own weights become uniform
-    :param optimize_memory_usage: only False: the buffer already stores every observation only once
+    :param optimize_memory_usage: only False: the buffer already stores every observation once
     :param n_steps: only 1: the world model looks ``horizon`` steps ahead instead
     :param use_sde: only False: the planner explores by itself
     :param pretrain_steps: updates at the end of warm-up, once per model. Default "auto": ``learning_starts``

@@ -71,7 +71,7 @@ class WeightedReplayBuffer(ReplayBuffer):
     :param action_space: Box
     :param device: where samples go, and the storage too if it fits
     :param n_envs: number of environments
-    :param optimize_memory_usage: must be False: every observation is already stored only once
+    :param optimize_memory_usage: must be False: every observation is already stored once
     :param horizon: ``H``, steps of a window; default 3
     :param sampling: "uniform" over transitions (default), or "episode" as the authors' release: first a finished episode
         longer than ``horizon``, then a window inside it, which over-draws short episodes
@@ -98,9 +98,7 @@ class WeightedReplayBuffer(ReplayBuffer):
         # ReplayBuffer's own constructor would allocate its flat arrays
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         if optimize_memory_usage:
-            raise ValueError(
-                "optimize_memory_usage must be False: WeightedReplayBuffer already stores every observation only once"
-            )
+            raise ValueError("optimize_memory_usage must be False: WeightedReplayBuffer already stores every observation once")
         if horizon < 1:
             raise ValueError(f"horizon must be at least 1, not {horizon}")
         if sampling not in SAMPLINGS:

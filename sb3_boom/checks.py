@@ -48,7 +48,7 @@ def check_settings(model: "BOOM") -> None:
     :raises ValueError: for settings that are unsupported, out of range or contradict each other
     """
     unsupported = {
-        "optimize_memory_usage": (False, "the replay buffer already stores every observation only once"),
+        "optimize_memory_usage": (False, "the replay buffer already stores every observation once"),
         "n_steps": (1, f"use `horizon` (now {model.horizon}), the steps that the world model looks ahead"),
         "use_sde": (False, "the planner explores by itself"),
     }
