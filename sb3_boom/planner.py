@@ -212,18 +212,19 @@ def trajectory_values(
     latents = [z]
     for step_actions in actions.unbind(0):
         latents.append(world_model.next(latents[-1], step_actions))
-    z_final = latents[-1]
-    rewards = world_model.two_hot.decode(world_model.reward_logits(th.stack(latents[:-1]), actions))
+    rollout, z_final = th.stack(latents), latents[-1]
+    rewards = world_model.two_hot.decode(world_model.reward_logits(rollout[:-1], actions))
     q_final = critic.values(z_final, actor.sample(z_final, terminal_noise), critic_pair).mean(dim=0)
 
     value = th.zeros_like(q_final)
     alive = th.ones_like(q_final)
+    ended = th.zeros_like(rewards)
+    if world_model.termination is not None:
+        # a logit above 0 is a probability above one half
+        ended = (world_model.termination(rollout[1:]) > 0.0).float() * terminations_seen
     for t in range(config.horizon):
         value = value + config.gamma**t * alive * rewards[t]
-        if world_model.termination is not None:
-            # a logit above 0 is a probability above one half
-            ended = (world_model.termination(latents[t + 1]) > 0.0).float() * terminations_seen
-            alive = alive * (1.0 - ended)
+        alive = alive * (1.0 - ended[t])
     value = (value + config.gamma**config.horizon * alive * q_final).squeeze(-1)
     return th.where(th.isfinite(value), value, -th.inf)
 
