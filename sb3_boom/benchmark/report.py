@@ -159,11 +159,11 @@ def write(paths: Sequence[Path], output: Path, only: Sequence[str] | None = None
         within = (f" of {', '.join(only)}" if only else "") + ("" if until is None else f" up to step {until}")
         raise ValueError(f"no evaluation{within} in {', '.join(map(str, paths))}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    last = last_rows(table)
+    tasks = list(dict.fromkeys(row.task for row in table))
+    last = dict(sorted(last_rows(table).items(), key=lambda item: tasks.index(item[0][0])))
     for task, variant in dict.fromkeys((row.task, row.variant) for row in table):
         if (task, variant) not in last:
             problems.append(f"{task} {variant}: its seeds have no step in common; it is in the curves alone")
-    tasks = list(dict.fromkeys(row.task for row in table))
     lines = [
         f"# {output.stem.capitalize()}",
         "",
