@@ -330,6 +330,15 @@ def test_runs_of_different_lengths_are_compared_at_the_shorter_ones_end(monkeypa
     assert "no evaluation up to step 9999" in capsys.readouterr().err
 
 
+def test_reports_table_goes_by_task_whatever_the_order_of_the_rows():
+    runs = [(task, variant) for variant in ("release", "none") for task in ("Pendulum-v1", "Hopper-v5")]
+    rows.append(Path("results.csv"), [ROW._replace(task=task, variant=variant) for task, variant in runs])
+    report.write([Path("results.csv")], Path("page.md"))
+    lines = [line.split("|") for line in Path("page.md").read_text().splitlines() if line.startswith("| ")]
+    shown = [(cells[1].strip(), cells[2].strip()) for cells in lines if cells[1].strip() in ("Pendulum-v1", "Hopper-v5")]
+    assert shown[:4] == sorted(runs, key=lambda run: run[0] == "Hopper-v5")
+
+
 def test_report_shows_the_tasks_that_it_was_asked_for(monkeypatch, capsys):
     for task in ("Pendulum-v1", "InvertedPendulum-v5"):
         rows.append(Path("results.csv"), [ROW._replace(task=task)])
