@@ -17,7 +17,6 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
-from sb3_boom import losses
 from sb3_boom.buffers import WeightedReplayBuffer
 from sb3_boom.checks import (
     FORMAT_VERSION,
@@ -32,8 +31,9 @@ from sb3_boom.checks import (
     warn_if_slow,
     worker_deaths_named,
 )
-from sb3_boom.compilation import allow_tf32, compiled, keep_freed_memory, subnormals_flushed
-from sb3_boom.losses import LossConfig
+from sb3_boom.core import losses
+from sb3_boom.core.compilation import allow_tf32, compiled, keep_freed_memory, subnormals_flushed
+from sb3_boom.core.losses import LossConfig
 from sb3_boom.meters import Meters
 from sb3_boom.policies import BOOMPolicy, CnnPolicy, MlpPolicy, MultiInputPolicy, PolicyPrior, finite_actions
 from sb3_boom.update import update

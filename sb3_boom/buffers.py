@@ -8,7 +8,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_boom.losses import WARMUP_STD
+from sb3_boom.core.losses import WARMUP_STD
 
 SAMPLINGS = ("uniform", "episode")
 

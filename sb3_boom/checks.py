@@ -17,8 +17,8 @@ from gymnasium import spaces
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_boom import losses
 from sb3_boom.buffers import WeightedReplayBuffer
+from sb3_boom.core import losses
 from sb3_boom.episode_length import episode_length
 from sb3_boom.policies import BOOMPolicy, is_dog_sized
 

@@ -14,13 +14,13 @@ from stable_baselines3.common.preprocessing import get_action_dim, is_image_spac
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
-from sb3_boom import planner
-from sb3_boom.actor import Actor
-from sb3_boom.augmentation import random_shift
-from sb3_boom.compilation import choose_compiler
-from sb3_boom.critic import Critic, draw_pairs
-from sb3_boom.planner import Plan, make_config
-from sb3_boom.world_model import WorldModel
+from sb3_boom.core import planner
+from sb3_boom.core.actor import Actor
+from sb3_boom.core.augmentation import random_shift
+from sb3_boom.core.compilation import choose_compiler
+from sb3_boom.core.critic import Critic, draw_pairs
+from sb3_boom.core.planner import Plan, make_config
+from sb3_boom.core.world_model import WorldModel
 
 # name: (enc_dim, mlp_dim, latent_dim, n_critics, n_enc_layers); all but "tiny" are TD-MPC2's
 MODEL_SIZES: dict[str, tuple[int, int, int, int, int]] = {

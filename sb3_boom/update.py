@@ -5,14 +5,14 @@ from typing import Any, TypeAlias
 
 import torch as th
 
-from sb3_boom import losses
-from sb3_boom.actor import Actor
 from sb3_boom.buffers import SubTrajectories
-from sb3_boom.compilation import eager
-from sb3_boom.critic import Critic
-from sb3_boom.losses import LossConfig, UpdateNoise
+from sb3_boom.core import losses
+from sb3_boom.core.actor import Actor
+from sb3_boom.core.compilation import eager
+from sb3_boom.core.critic import Critic
+from sb3_boom.core.losses import LossConfig, UpdateNoise
+from sb3_boom.core.world_model import WorldModel
 from sb3_boom.policies import BOOMPolicy
-from sb3_boom.world_model import WorldModel
 
 Gradients: TypeAlias = Sequence[th.Tensor | None]
 

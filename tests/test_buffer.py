@@ -14,7 +14,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_boom.buffers import WeightedReplayBuffer
-from sb3_boom.losses import WARMUP_STD
+from sb3_boom.core.losses import WARMUP_STD
 
 OBS_SPACE = spaces.Box(-np.inf, np.inf, (2,), np.float32)
 ACTION_SPACE = spaces.Box(-1, 1, (1,), np.float32)

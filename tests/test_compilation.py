@@ -11,11 +11,12 @@ from conftest import TINY, OneLayer
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sb3_boom import BOOM, kernels, losses
-from sb3_boom.actor import Actor
+from sb3_boom import BOOM
 from sb3_boom.buffers import SubTrajectories
-from sb3_boom.compilation import allow_tf32, compiled, compiler_works
-from sb3_boom.critic import Critic
+from sb3_boom.core import kernels, losses
+from sb3_boom.core.actor import Actor
+from sb3_boom.core.compilation import allow_tf32, compiled, compiler_works
+from sb3_boom.core.critic import Critic
 from sb3_boom.update import encode_observations, model_gradients, policy_gradients, update
 
 pytestmark = pytest.mark.skipif(not compiler_works("cpu"), reason="no C++ compiler")

@@ -7,7 +7,7 @@ import gymnasium as gym
 import pytest
 from gymnasium.envs.registration import EnvSpec
 
-from sb3_boom.compilation import eager
+from sb3_boom.core.compilation import eager
 
 TESTS = pathlib.Path(__file__).parent
 ROOT = TESTS.parent

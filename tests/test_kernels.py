@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch as th
 
-from sb3_boom import kernels
-from sb3_boom.compilation import compiled, compiler_works
-from sb3_boom.torch_layers import MLP, EnsembleMLP, SimNorm, mlp
+from sb3_boom.core import kernels
+from sb3_boom.core.compilation import compiled, compiler_works
+from sb3_boom.core.torch_layers import MLP, EnsembleMLP, SimNorm, mlp
 
 pytestmark = pytest.mark.skipif(not compiler_works("cpu"), reason="no C++ compiler")
 

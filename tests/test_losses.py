@@ -7,11 +7,11 @@ import pytest
 import torch as th
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
-from sb3_boom import losses
-from sb3_boom.actor import Actor
-from sb3_boom.critic import Critic
-from sb3_boom.losses import LossConfig
-from sb3_boom.world_model import WorldModel
+from sb3_boom.core import losses
+from sb3_boom.core.actor import Actor
+from sb3_boom.core.critic import Critic
+from sb3_boom.core.losses import LossConfig
+from sb3_boom.core.world_model import WorldModel
 
 H, B, A, L, F = 3, 8, 2, 16, 5
 CONFIG = LossConfig(

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sb3_boom import planner
-from sb3_boom.actor import Actor
-from sb3_boom.critic import Critic, draw_pairs
-from sb3_boom.planner import PlannerConfig, PlannerNoise
-from sb3_boom.world_model import WorldModel
+from sb3_boom.core import planner
+from sb3_boom.core.actor import Actor
+from sb3_boom.core.critic import Critic, draw_pairs
+from sb3_boom.core.planner import PlannerConfig, PlannerNoise
+from sb3_boom.core.world_model import WorldModel
 
 CONFIG = PlannerConfig(n_samples=128, n_elites=16, n_policy_samples=8, n_iterations=6, horizon=3, gamma=0.9)
 CPU = th.device("cpu")

@@ -9,11 +9,11 @@ import pytest
 import torch as th
 from gymnasium import spaces
 
-from sb3_boom import losses, planner
-from sb3_boom.actor import bound_log_std, scaled_gaussian_log_prob, squash_correction
 from sb3_boom.boom import BOOM
 from sb3_boom.buffers import SubTrajectories
-from sb3_boom.two_hot import TwoHot, symexp, symlog
+from sb3_boom.core import losses, planner
+from sb3_boom.core.actor import bound_log_std, scaled_gaussian_log_prob, squash_correction
+from sb3_boom.core.two_hot import TwoHot, symexp, symlog
 from sb3_boom.update import update
 
 AGENTS = ["agent_a6", "agent_a6_small_scale", "agent_a38", "agent_a61"]

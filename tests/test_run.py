@@ -16,8 +16,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
-from sb3_boom import BOOM, losses
+from sb3_boom import BOOM
 from sb3_boom.callbacks import PlannerPriorEvalCallback
+from sb3_boom.core import losses
 from sb3_boom.episode_length import episode_length
 from sb3_boom.meters import Meters
 

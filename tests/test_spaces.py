@@ -14,7 +14,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureC
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
 from sb3_boom import BOOM, MlpPolicy
-from sb3_boom.augmentation import random_shift
+from sb3_boom.core.augmentation import random_shift
 from sb3_boom.policies import PolicyPrior
 
 SMALL_IMAGES = dict(TINY, buffer_size=200)

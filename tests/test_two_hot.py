@@ -5,7 +5,7 @@ import torch as th
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sb3_boom.two_hot import TwoHot, symexp, symlog
+from sb3_boom.core.two_hot import TwoHot, symexp, symlog
 
 TWO_HOT = TwoHot()
 finite = st.floats(-1e8, 1e8, width=32)

@@ -251,4 +251,4 @@ def test_wheel_has_the_hyperparameters(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"sb3_boom/zoo_hyperparams/{name}.yml" for name in ("boom", "boom-cpu")} <= set(names)
-    assert "sb3_boom/kernels.cpp" in names
+    assert "sb3_boom/core/kernels.cpp" in names

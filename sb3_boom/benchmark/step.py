@@ -29,7 +29,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_boom import BOOM, zoo
-from sb3_boom.compilation import keep_freed_memory, subnormals_flushed
+from sb3_boom.core.compilation import keep_freed_memory, subnormals_flushed
 
 # size: observation and action dimensions. tiny comes with the CPU preset's planner and batch, the others with the paper's
 PROBLEMS = {"tiny": (3, 1), "1M": (24, 6), "5M": (223, 38)}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch as th
 
-from sb3_boom import kernels
+from sb3_boom.core import kernels
 
 # a graph per model shape, coefficient and number of environments: more than the eight of one function that torch allows
 DYNAMO_LIMITS = {"recompile_limit": 1024, "accumulated_recompile_limit": 1024, "trace_autograd_ops": True}

@@ -85,7 +85,7 @@ def mlp(
     dropout_mask: th.Tensor | None = None,
 ) -> th.Tensor:
     """
-    What the layers of :mod:`sb3_boom.torch_layers` do one after the other.
+    What the layers of :mod:`sb3_boom.core.torch_layers` do one after the other.
 
     :param x: ``[M, K]``, shared by all members, or ``[m, M, K]``
     :param layers: the parameters; a layer with a LayerNorm has Mish behind it, unless it is the last

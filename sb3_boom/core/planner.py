@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch as th
 
-from sb3_boom.actor import Actor
-from sb3_boom.critic import Critic, draw_pairs
-from sb3_boom.world_model import WorldModel
+from sb3_boom.core.actor import Actor
+from sb3_boom.core.critic import Critic, draw_pairs
+from sb3_boom.core.world_model import WorldModel
 
 PLANNERS = ("mppi", "cem")
 PLANNER_KWARGS = ("n_samples", "n_elites", "n_policy_samples", "n_iterations", "temperature", "min_std", "max_std")

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch as th
 from torch.nn import functional as F
 
-from sb3_boom.actor import Actor, gaussian_log_prob, scaled_gaussian_log_prob, squash_correction
-from sb3_boom.critic import Critic, draw_pairs
-from sb3_boom.world_model import WorldModel
+from sb3_boom.core.actor import Actor, gaussian_log_prob, scaled_gaussian_log_prob, squash_correction
+from sb3_boom.core.critic import Critic, draw_pairs
+from sb3_boom.core.world_model import WorldModel
 
 ALIGNMENTS = ("release", "forward_kl", "reverse_kl", "none")
 ALIGN_WEIGHTINGS = ("softmax", "uniform")

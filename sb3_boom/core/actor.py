@@ -5,7 +5,7 @@ import math
 import torch as th
 from torch import nn
 
-from sb3_boom.torch_layers import mlp
+from sb3_boom.core.torch_layers import mlp
 
 LOG_STD_MIN = -10.0
 LOG_STD_MAX = 2.0

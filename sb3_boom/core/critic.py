@@ -3,8 +3,8 @@
 import torch as th
 from torch import nn
 
-from sb3_boom.torch_layers import EnsembleMLP
-from sb3_boom.two_hot import TwoHot
+from sb3_boom.core.torch_layers import EnsembleMLP
+from sb3_boom.core.two_hot import TwoHot
 
 
 class Critic(nn.Module):

@@ -1,6 +1,6 @@
 // A whole multi-layer perceptron, and its gradient, as one operation on a CPU: every thread takes some of the rows through
 // all layers, so that what one layer writes is still in the cache when the next one reads it.
-// sb3_boom/kernels.py compiles and loads this; sb3_boom/torch_layers.py has the same in torch and says what it means.
+// kernels.py compiles and loads this; torch_layers.py has the same in torch and says what it means.
 
 #include <torch/csrc/inductor/cpp_prefix.h>
 

@@ -7,7 +7,7 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_boom import kernels
+from sb3_boom.core import kernels
 
 INIT_STD = 0.02
 
