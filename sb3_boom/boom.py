@@ -1,10 +1,12 @@
 """BOOM: collect with the planner, store what it did, learn from it."""
 
 import dataclasses
+import inspect
 import io
 import pathlib
 import time
-from typing import Any, ClassVar, Literal, TypeVar, cast
+import warnings
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch as th
@@ -15,32 +17,41 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_pkl
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule, TrainFreq
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_boom.buffers import WeightedReplayBuffer
 from sb3_boom.checks import (
     FORMAT_VERSION,
+    MOVED_TO_POLICY,
+    WHOLE_NUMBERS,
     check_archive,
     check_buffer,
     check_finite,
     check_load_arguments,
     check_settings,
     misfit_named,
-    resolve_auto,
+    moved_arguments_named,
     warn_if_never_aligned,
-    warn_if_slow,
     worker_deaths_named,
 )
 from sb3_boom.core import losses
+from sb3_boom.core.actor import Actor
 from sb3_boom.core.compilation import allow_tf32, compiled, keep_freed_memory, subnormals_flushed
+from sb3_boom.core.critic import Critic
 from sb3_boom.core.losses import LossConfig
 from sb3_boom.meters import Meters
-from sb3_boom.policies import BOOMPolicy, CnnPolicy, MlpPolicy, MultiInputPolicy, PolicyPrior, finite_actions
+from sb3_boom.policies import BOOMPolicy, CnnPolicy, MlpPolicy, MultiInputPolicy, finite_actions
+from sb3_boom.presets import model_size, resolve_auto
+from sb3_boom.prior import PolicyPrior
+from sb3_boom.progress import Pace, PretrainingStopped, duration, show_pretraining
 from sb3_boom.update import update
 
 SelfBOOM = TypeVar("SelfBOOM", bound="BOOM")
 
-PRETRAIN_CHUNK = 100  # updates between two lines of progress
+PRETRAIN_CHUNK = 100  # updates between two rows of progress
+UPDATES_PER_WAIT = 32  # on a GPU, whose losses are read that often
+SLOW_ON_CPU = 4_000_000  # parameters
 
 
 class BOOM(OffPolicyAlgorithm):
@@ -48,8 +59,8 @@ class BOOM(OffPolicyAlgorithm):
     Bootstrap Off-policy with World Model (BOOM), https://arxiv.org/abs/2511.00423.
 
     A planner (MPPI) acts in a learned latent world model. The policy learns from the critics and from what the planner
-    did, softly weighted by value, and starts the next plan. Defaults are the authors' program's, but for learned terminations
-    and uniform sampling.
+    did, softly weighted by value, and starts the next plan. Defaults are the paper's, with learned terminations and uniform
+    sampling. The machine decides the sizes, see ``preset``; "auto" settings are resolved at construction.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gymnasium, can be str)
@@ -58,7 +69,7 @@ class BOOM(OffPolicyAlgorithm):
     :param buffer_size: transitions in the replay buffer
     :param learning_starts: random steps before the first update, once per model. Default "auto": ``max(1000, 5 T)`` for
         episodes of ``T`` steps, 2500 if ``T`` is unknown
-    :param batch_size: sub-trajectories ``B`` per update
+    :param batch_size: sub-trajectories ``B`` per update. Default "auto": 256 with the paper's preset, 128 with "cpu"
     :param tau: ``τ``, Polyak factor of the target critics and of the running Q scale
     :param gamma: ``γ``, discount. Default "auto": ``(T/5 - 1) / (T/5)`` within [0.95, 0.995], 0.99 if ``T`` is unknown
     :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
@@ -72,7 +83,9 @@ class BOOM(OffPolicyAlgorithm):
         the alignment's own weights become uniform
     :param optimize_memory_usage: only False: the buffer already stores every observation once
     :param n_steps: only 1: the world model looks ``horizon`` steps ahead instead
-    :param use_sde: only False: the planner explores by itself
+    :param preset: sizes that belong together. "paper": 5M parameters, 512 samples a plan, batches of 256. "cpu", for two
+        cores: the "tiny" model, 128 samples (16 elites, 6 by the policy, 4 iterations), batches of 128. Default "auto": the
+        paper's on a GPU, "cpu" on a CPU. ``batch_size``, ``planner_kwargs`` and ``policy_kwargs`` given as well win
     :param pretrain_steps: updates at the end of warm-up, once per model. Default "auto": ``learning_starts``
     :param horizon: ``H``, steps of the latent rollout, in learning and planning
     :param rho: ``ρ``, weight of each rollout step against the one before it
@@ -83,24 +96,21 @@ class BOOM(OffPolicyAlgorithm):
     :param handle_terminations: learn to predict terminations, stop targets and plans there. False: no termination head,
         every end bootstraps, as the authors' release
     :param ent_coef: weight of the policy's log-probability, scaled by the action dimension as in the release
-    :param encoder_lr_scale: the encoder's learning rate as a part of ``learning_rate``
     :param max_grad_norm: The maximum value for the gradient clipping, of either optimizer
-    :param alignment: how the policy is taught by the planner: "release" (default, the program behind the published
-        curves; it is off while the Q scale ``S`` is at most 2, see ``train/align_active``), "forward_kl" (the paper's
-        formula, on actions before squashing, divided by ``S``), "reverse_kl" or "none"
+    :param alignment: how the policy is taught by the planner: "forward_kl" (default, the paper's formula, on actions
+        before squashing, divided by the Q scale ``S``), "release" (the authors' program, behind the published curves; it is
+        off while ``S`` is at most 2, see ``train/align_active``), "reverse_kl" or "none"
     :param align_coef: weight of the alignment. Default "auto": A/1000 for 24 <= A <= 48 action dimensions, else A/50
     :param align_weighting: "softmax" (soft value weights, default) or "uniform" over the batch
     :param align_temperature: ``τ_w``, temperature of the soft value weights; lower favours high values more
     :param align_warmup: imitate the random actions of warm-up too, as the release does; False: only what was planned
     :param planner: "mppi" or "cem"
-    :param planner_kwargs: ``n_samples`` (512) action sequences scored in every one of ``n_iterations`` ("auto": 6, or 8 for
-        A >= 20), ``n_policy_samples`` (24) of them by the policy; the best ``n_elites`` (64) shape the next iteration,
-        weighted by ``exp(temperature * value)`` (0.5) but for "cem"; ``min_std`` (0.05) and ``max_std`` (2) bound its std
-    :param compile: compile planner and losses with torch.compile. Default "auto": where it works
-    :param tf32: on a GPU, let matrix products round their factors to TF32 (10 bits of mantissa), as its tensor cores multiply
-        them; this is torch's own setting, of the whole process. Default True; False leaves it as it is
-    :param policy_kwargs: additional arguments to be passed to the policy on creation, such as
-        ``dict(model_size="tiny")``. See :class:`~sb3_boom.policies.BOOMPolicy`
+    :param planner_kwargs: ``n_samples`` (512 with the paper's preset) action sequences scored in every one of
+        ``n_iterations`` ("auto": 6, or 8 for A >= 20), ``n_policy_samples`` (24) of them by the policy; the best
+        ``n_elites`` (64) shape the next iteration, weighted by ``exp(temperature * value)`` (0.5) except by "cem";
+        ``min_std`` (0.05) and ``max_std`` (2) bound its std
+    :param policy_kwargs: additional arguments to be passed to the policy on creation, such as ``dict(model_size="1M")``,
+        ``encoder_lr_scale``, ``compile`` or ``tf32``. See :class:`~sb3_boom.policies.BOOMPolicy`
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average the
         reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -111,6 +121,7 @@ class BOOM(OffPolicyAlgorithm):
         the GPU if possible.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: for settings outside of these
+    :raises TypeError: for arguments that there are not, or not any more
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -120,9 +131,14 @@ class BOOM(OffPolicyAlgorithm):
     }
     policy: BOOMPolicy
     replay_buffer: WeightedReplayBuffer | None  # type: ignore[assignment]
+    actor: Actor
+    critic: Critic
+    critic_target: Critic
     gamma: Any
     learning_starts: Any
+    batch_size: Any
 
+    @moved_arguments_named
     def __init__(
         self,
         policy: str | type[BOOMPolicy],
@@ -130,7 +146,7 @@ class BOOM(OffPolicyAlgorithm):
         learning_rate: float | Schedule = 3e-4,
         buffer_size: int = 1_000_000,
         learning_starts: int | Literal["auto"] = "auto",
-        batch_size: int = 256,
+        batch_size: int | Literal["auto"] = "auto",
         tau: float = 0.01,
         gamma: float | Literal["auto"] = "auto",
         train_freq: int | tuple[int, str] = 1,
@@ -140,7 +156,7 @@ class BOOM(OffPolicyAlgorithm):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
-        use_sde: bool = False,
+        preset: str = "auto",
         pretrain_steps: int | Literal["auto"] = "auto",
         horizon: int = 3,
         rho: float = 0.5,
@@ -150,17 +166,14 @@ class BOOM(OffPolicyAlgorithm):
         termination_coef: float = 1.0,
         handle_terminations: bool = True,
         ent_coef: float = 1e-4,
-        encoder_lr_scale: float = 0.3,
         max_grad_norm: float = 20.0,
-        alignment: str = "release",
+        alignment: str = "forward_kl",
         align_coef: float | Literal["auto"] = "auto",
         align_weighting: str = "softmax",
         align_temperature: float = 1.0,
         align_warmup: bool = True,
         planner: str = "mppi",
         planner_kwargs: dict[str, Any] | None = None,
-        compile: bool | Literal["auto"] = "auto",
-        tf32: bool = True,
         policy_kwargs: dict[str, Any] | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -175,7 +188,7 @@ class BOOM(OffPolicyAlgorithm):
             learning_rate,
             buffer_size,
             learning_starts,  # type: ignore[arg-type]  # resolved in _setup_model
-            batch_size,
+            batch_size,  # type: ignore[arg-type]  # resolved in _setup_model
             tau,
             gamma,  # type: ignore[arg-type]  # resolved in _setup_model
             train_freq,
@@ -192,11 +205,11 @@ class BOOM(OffPolicyAlgorithm):
             device=device,
             support_multi_env=True,
             seed=seed,
-            use_sde=use_sde,
             sde_support=False,
             supported_action_spaces=(spaces.Box,),
         )
         self.format_version = FORMAT_VERSION
+        self.preset = preset
         self.pretrain_steps: Any = pretrain_steps
         self.horizon = horizon
         self.rho = rho
@@ -206,7 +219,6 @@ class BOOM(OffPolicyAlgorithm):
         self.termination_coef = termination_coef
         self.handle_terminations = handle_terminations
         self.ent_coef = ent_coef
-        self.encoder_lr_scale = encoder_lr_scale
         self.max_grad_norm = max_grad_norm
         self.alignment = alignment
         self.align_coef: Any = align_coef
@@ -215,43 +227,58 @@ class BOOM(OffPolicyAlgorithm):
         self.align_warmup = align_warmup
         self.planner = planner
         self.planner_kwargs = planner_kwargs
-        self.compile = compile
-        self.tf32 = tf32
         self.pretrain_updates = 0  # of pretrain_steps, done so far
         self.meters = Meters()
+        self.pace = Pace()
         self.warned: set[str] = set()
         self._enough_data = False
         self._planner_mean: th.Tensor | None = None
         self._planned: np.ndarray | None = None
+        self._callback: BaseCallback | None = None
         if _init_setup_model:
             self._setup_model()
 
     # -------------------------------------------------------------------- set-up
 
     def _setup_model(self) -> None:
-        check_settings(self)
-        resolve_auto(self)
-        if self.tf32:
-            allow_tf32(self.device)
+        self._take_moved_arguments()
+        check_settings(vars(self))
+        action_dim = int(np.prod(self.action_space.shape or ()))
+        for name, value in resolve_auto(vars(self), self.device, self.env, action_dim).items():
+            setattr(self, name, value)
+        for name in WHOLE_NUMBERS:
+            setattr(self, name, int(getattr(self, name)))
         if self.replay_buffer_class is None:
             self.replay_buffer_class = WeightedReplayBuffer
         policy_kwargs, replay_buffer_kwargs = self.policy_kwargs, self.replay_buffer_kwargs
         # what the policy shares with the algorithm is given once, to the algorithm
         self.policy_kwargs = {
             **policy_kwargs,
-            "encoder_lr_scale": self.encoder_lr_scale,
+            "model_size": model_size(self.preset, policy_kwargs),
             "handle_terminations": self.handle_terminations,
             "planner": self.planner,
             "planner_kwargs": self.planner_kwargs,
             "horizon": self.horizon,
             "gamma": self.gamma,
-            "compile": self.compile,
         }
         self.replay_buffer_kwargs = {**replay_buffer_kwargs, "horizon": self.horizon}
         try:
             super()._setup_model()
         finally:
             self.policy_kwargs, self.replay_buffer_kwargs = policy_kwargs, replay_buffer_kwargs
+        self.actor, self.critic, self.critic_target = self.policy.actor, self.policy.critic, self.policy.critic_target
+        if self.policy.tf32:
+            allow_tf32(self.device)
+
+    def _take_moved_arguments(self) -> None:
+        """What ``load`` was given, or an archive of format 1 holds, beside ``policy_kwargs``."""
+        defaults = inspect.signature(BOOMPolicy).parameters
+        for name in MOVED_TO_POLICY:
+            value = self.__dict__.pop(name, defaults[name].default)
+            if value != defaults[name].default:
+                self.policy_kwargs = {**self.policy_kwargs, name: value}
+        if self.format_version < 2:
+            self.preset, self.format_version = "paper", FORMAT_VERSION  # its sizes were the defaults then
 
     def _setup_learn(
         self,
@@ -263,8 +290,12 @@ class BOOM(OffPolicyAlgorithm):
     ) -> tuple[int, BaseCallback]:
         setup = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         check_finite(self._last_obs if self._vec_normalize_env is None else self._last_original_obs, "an observation", 0)
-        for name in ("gamma", "learning_starts", "pretrain_steps", "align_coef"):
+        self._callback, self.pace = setup[1], Pace()
+        for name in ("preset", "batch_size", "gamma", "learning_starts", "pretrain_steps", "align_coef"):
             self.logger.record(f"config/{name}", getattr(self, name))
+        self.logger.record("config/model_size", self.policy.model_size)
+        for name in ("n_samples", "n_elites", "n_policy_samples", "n_iterations"):
+            self.logger.record(f"config/{name}", getattr(self.policy.planner_config, name))
         return setup
 
     # ---------------------------------------------------------------------- learn
@@ -283,46 +314,63 @@ class BOOM(OffPolicyAlgorithm):
         loaded without its replay buffer acts with its planner until the new one holds ``learning_starts`` transitions.
 
         :param total_timesteps: The total number of samples (steps of all environments together) to train on
-        :param callback: callback(s) called at every step with state of the algorithm.
+        :param callback: callback(s) called at every step with state of the algorithm. One that has a method
+            ``_on_pretraining() -> bool`` is asked after every 100 updates of pretraining too, and stops learning by False
         :param log_interval: episodes between two logs
         :param tb_log_name: the name of the run for TensorBoard logging
         :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
         :param progress_bar: Display a progress bar using tqdm and rich.
         :return: the trained model
         """
-        total_timesteps, callback = self._setup_learn(
-            int(total_timesteps), callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
-        callback = cast(BaseCallback, callback)
-        callback.on_training_start(locals(), globals())
-        assert self.env is not None and self.replay_buffer is not None
         keep_freed_memory()
         with subnormals_flushed(), worker_deaths_named(self.env):
-            # SB3's loop, but for the end of warm-up: SB3 counts it in timesteps, which a second learn() resets
-            while self.num_timesteps < total_timesteps:
-                rollout = self.collect_rollouts(
-                    self.env,
-                    train_freq=self.train_freq,  # type: ignore[arg-type]
-                    action_noise=self.action_noise,
-                    callback=callback,
-                    learning_starts=self.learning_starts,
-                    replay_buffer=self.replay_buffer,
-                    log_interval=log_interval,
+            try:
+                return super().learn(
+                    int(total_timesteps), callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
                 )
-                if not rollout.continue_training:
-                    self._last_obs = None  # SB3 has not stored the last step: go on from a reset
-                    break
-                if self._has_enough_data() and self.replay_buffer.can_sample():
-                    self._pretrain()
-                    gradient_steps = self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
-                    if gradient_steps > 0:
-                        self.train(gradient_steps=gradient_steps, batch_size=self.batch_size)
-        callback.on_training_end()
-        return self
+            except PretrainingStopped:
+                assert self._callback is not None
+                self._callback.on_training_end()
+                return self
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        train_freq: TrainFreq,
+        replay_buffer: ReplayBuffer,
+        action_noise: ActionNoise | None = None,
+        learning_starts: int = 0,
+        log_interval: int | None = None,
+    ) -> RolloutReturn:
+        """
+        SB3's, which leaves two things out: it does not store the step at which a callback stops, so that what follows would
+        be joined to the step before; and it counts warm-up in timesteps, which a second ``learn`` resets.
+
+        :param env: The training environment
+        :param callback: Callback that will be called at each step
+        :param train_freq: How much experience to collect
+        :param replay_buffer: where to
+        :param action_noise: added to the plan
+        :param learning_starts: Number of steps before SB3's loop calls :meth:`train`
+        :param log_interval: Log data every ``log_interval`` episodes
+        :return: number of steps and episodes, and whether to go on
+        """
+        rollout = super().collect_rollouts(
+            env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
+        )
+        if not rollout.continue_training:
+            names = ("buffer_actions", "new_obs", "rewards", "dones", "infos")
+            self._store_transition(replay_buffer, *(callback.locals[name] for name in names))
+        elif self.num_timesteps <= learning_starts:
+            gradient_steps = self.gradient_steps if self.gradient_steps >= 0 else rollout.episode_timesteps
+            if gradient_steps > 0:
+                self.train(gradient_steps)
+        return rollout
 
     def _in_warmup(self) -> bool:
-        """Whether actions are still random: until the buffer holds enough to start from, once per model."""
-        return self.pretrain_updates == 0 and self._n_updates == 0 and not self._has_enough_data()
+        """Whether actions are still random: until the first update, once per model."""
+        return self._n_updates == 0 and not (self.gradient_steps == 0 and self._has_enough_data())
 
     def _has_enough_data(self) -> bool:
         """Whether there is enough to learn from: ``learning_starts`` transitions, or what the buffer can hold."""
@@ -333,25 +381,45 @@ class BOOM(OffPolicyAlgorithm):
             self._enough_data = buffer.size() * self.n_envs >= enough and buffer.can_sample()
         return self._enough_data
 
-    def _pretrain(self) -> None:
-        """Update ``pretrain_steps`` times on fresh batches; an interrupted pretraining goes on where it stopped."""
-        while self.pretrain_updates < self.pretrain_steps and self.gradient_steps != 0:
-            if self.verbose >= 1:
-                print(f"Pretraining: update {self.pretrain_updates} of {self.pretrain_steps}")
-            chunk = min(PRETRAIN_CHUNK, self.pretrain_steps - self.pretrain_updates)
-            self.train(gradient_steps=chunk, batch_size=self.batch_size)
-            self.pretrain_updates += chunk
-
-    def train(self, gradient_steps: int, batch_size: int) -> None:
+    def train(self, gradient_steps: int, batch_size: int | None = None) -> None:
         """
-        Update world model, critics and policy.
+        Update world model, critics and policy, after ``pretrain_steps`` updates the first time. Does nothing while the
+        replay buffer holds some transitions, but fewer than ``learning_starts``.
 
+        :param gradient_steps: number of updates
+        :param batch_size: sub-trajectories per update; default: the model's
+        :raises ValueError: if the replay buffer is empty
+        """
+        assert self.replay_buffer is not None
+        if self.replay_buffer.size() > 0 and not (self._has_enough_data() and self.replay_buffer.can_sample()):
+            return
+        if self._n_updates == 0 and self.verbose >= 1 and self.policy.compiler is compiled:
+            print("Compiling losses and planner: up to two minutes the first time, seconds from the cache later")
+        self._pretrain(batch_size or self.batch_size)
+        self._update(gradient_steps, batch_size or self.batch_size)
+
+    def _pretrain(self, batch_size: int) -> None:
+        """Update ``pretrain_steps`` times on fresh batches; an interrupted pretraining goes on where it stopped."""
+        while self.pretrain_updates < self.pretrain_steps:
+            chunk = min(PRETRAIN_CHUNK, self.pretrain_steps - self.pretrain_updates)
+            start = time.perf_counter()
+            self._update(chunk, batch_size)
+            self.pretrain_updates += chunk
+            self._record_losses()
+            left = (self.pretrain_steps - self.pretrain_updates) * (time.perf_counter() - start) / chunk
+            row = {"update": self.pretrain_updates, "of": self.pretrain_steps, "seconds_left": round(left)}
+            for name, value in row.items():
+                self.logger.record(f"pretraining/{name}", value)
+            self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+            self.logger.dump(self.num_timesteps)
+            show_pretraining(self._callback, self.pretrain_updates, self.pretrain_steps, left)
+
+    def _update(self, gradient_steps: int, batch_size: int) -> None:
+        """
         :param gradient_steps: number of updates
         :param batch_size: sub-trajectories per update
         """
         assert self.replay_buffer is not None
-        if self._n_updates == 0 and self.verbose >= 1 and self.policy.compiler is compiled:
-            print("Compiling losses and planner: up to two minutes the first time, seconds from the cache later")
         start = time.perf_counter()
         self.policy.set_training_mode(True)
         self._update_learning_rate([self.policy.model_optimizer, self.policy.actor_optimizer])
@@ -372,7 +440,21 @@ class BOOM(OffPolicyAlgorithm):
             self.meters.add_terms(terms)
         self._n_updates += gradient_steps
         self.meters.add_seconds("update", time.perf_counter() - start, gradient_steps)
-        warn_if_slow(self)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        if self.device.type == "cpu" or self.meters.n_updates >= UPDATES_PER_WAIT:
+            self._record_losses()
+
+    def _record_losses(self) -> None:
+        """Hand the losses to the logger, which shows their means over what it was given; waits for the device."""
+        terms = self.meters.take_terms()
+        for name, value in terms.items():
+            self.logger.record_mean(f"train/{name}", value)
+        for name, value in self.meters.termination_scores().items():
+            self.logger.record(f"train/{name}", value)
+        if "alignment" not in self.warned and terms:
+            can_be_on = terms["align_active"] > 0.0 or self.alignment == "none"
+            if can_be_on or warn_if_never_aligned(self.num_timesteps):
+                self.warned.add("alignment")
 
     def _loss_config(self) -> LossConfig:
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(LossConfig)}
@@ -381,7 +463,8 @@ class BOOM(OffPolicyAlgorithm):
         return LossConfig(**settings)
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
-        self.policy.model_optimizer.param_groups[0]["lr_scale"] = self.encoder_lr_scale  # loaded parameters have their own
+        scale = self.policy.encoder_lr_scale
+        self.policy.model_optimizer.param_groups[0]["lr_scale"] = scale  # loaded parameters have their own
         super()._update_learning_rate(optimizers)
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             for group in optimizer.param_groups:
@@ -396,12 +479,38 @@ class BOOM(OffPolicyAlgorithm):
             self._planned = None
             scaled = self.policy.from_action_space(np.array([self.action_space.sample() for _ in range(n_envs)]))
         else:
+            self._tell_pace(self.pace.step())
             start = time.perf_counter()
             scaled = self._plan(n_envs)
             self.meters.add_seconds("plan", time.perf_counter() - start, 1)
         if action_noise is not None:
             scaled = np.clip(scaled + np.asarray(action_noise()).reshape(-1, scaled.shape[1]), -1.0, 1.0)
         return self.policy.to_action_space(scaled), scaled
+
+    def _tell_pace(self, seconds: float | None) -> None:
+        """
+        Say what was chosen, and how long learning will take; warn if that is long for want of a GPU.
+
+        :param seconds: a step's, or None while it is not known
+        """
+        if seconds is None:
+            return
+        steps = max(self._total_timesteps - self.num_timesteps, 0)
+        if self.verbose >= 1:
+            planner = self.policy.planner_config
+            print(
+                f'preset "{self.preset}" on {self.device}: model "{self.policy.model_size}", {planner.n_samples} samples '
+                f"x {planner.n_iterations} iterations a plan, batches of {self.batch_size}. A step takes "
+                f"{1000.0 * seconds:.0f} ms, the remaining {steps:,} steps about {duration(seconds * steps / self.n_envs)}"
+            )
+        n_parameters = sum(parameter.numel() for parameter in self.policy.parameters())
+        if self.device.type == "cpu" and n_parameters >= SLOW_ON_CPU and "slow" not in self.warned:
+            self.warned.add("slow")
+            warnings.warn(
+                f"one step of this model takes about {1000.0 * seconds:.0f} ms on this CPU. "
+                'preset="cpu", whose model_size is "tiny", takes a fraction of it.',
+                stacklevel=2,
+            )
 
     def _plan(self, n_envs: int) -> np.ndarray:
         """
@@ -441,8 +550,11 @@ class BOOM(OffPolicyAlgorithm):
                 check_finite(final, "an observation", self.num_timesteps, env_index=i)
         if self._planned is not None:
             dim = self.policy.action_dim
-            for info, planned in zip(infos, self._planned, strict=True):
-                info["planner_action"], info["planner_std"] = planned[:dim], planned[dim:]
+            # in copies: the dicts are the environments', which may keep them, or all return the same one
+            infos = [
+                {**info, "planner_action": planned[:dim], "planner_std": planned[dim:]}
+                for info, planned in zip(infos, self._planned, strict=True)
+            ]
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         self._last_episode_starts = dones
 
@@ -457,13 +569,8 @@ class BOOM(OffPolicyAlgorithm):
 
     def dump_logs(self) -> None:
         """Write log data: losses and times are means since the last call."""
-        terms = self.meters.take_terms()
-        terms.update(losses.termination_scores(terms))
-        for name, value in terms.items():
-            self.logger.record(f"train/{name}", value)
-        if terms:
-            self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-            warn_if_never_aligned(self, terms["align_active"])
+        self._record_losses()
+        self.meters.forget_counts()
         for name, milliseconds in self.meters.take_milliseconds().items():
             self.logger.record(f"time/{name}_ms", milliseconds)
         super().dump_logs()
@@ -471,7 +578,8 @@ class BOOM(OffPolicyAlgorithm):
     # ---------------------------------------------------------------- save, load
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "meters", "_enough_data", "_planner_mean", "_planned"]
+        ours = ("actor", "critic", "critic_target", "meters", "pace", "_enough_data", "_planner_mean", "_planned", "_callback")
+        return [*super()._excluded_save_params(), *ours]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.model_optimizer", "policy.actor_optimizer"], []
@@ -484,11 +592,10 @@ class BOOM(OffPolicyAlgorithm):
         :param truncate_last_traj: unused, as with SB3's own ReplayBuffer: an open episode is closed by the next reset
         :raises ValueError: for a buffer of another kind, of other spaces or of another number of environments
         """
-        assert self.replay_buffer is not None
         loaded = load_from_pkl(path, self.verbose)
-        check_buffer(self, loaded)
+        check_buffer(loaded, {name: getattr(self, name) for name in ("observation_space", "action_space", "n_envs")})
         loaded.device = self.device  # it was pickled with its own
-        loaded.draw_like(self.replay_buffer)
+        loaded.draw_like(self.horizon, **self.replay_buffer_kwargs)
         loaded.move_storage()
         self.replay_buffer = loaded
         self._enough_data = False
@@ -513,7 +620,8 @@ class BOOM(OffPolicyAlgorithm):
         :param custom_objects: objects to use instead of the stored ones, by name
         :param print_system_info: Whether to print system info from the saved model and the current system info
         :param force_reset: Force call to ``reset()`` before training to avoid unexpected behavior.
-        :param kwargs: constructor arguments to change when loading
+        :param kwargs: constructor arguments to change when loading; of ``policy_kwargs`` only ``encoder_lr_scale``,
+            ``compile`` and ``tf32`` can be, given by themselves
         :return: new model instance with loaded parameters
         :raises ValueError: for a file that is no archive of BOOM, or of a later format
         :raises TypeError: for an argument that the constructor does not have

@@ -1,5 +1,6 @@
 """The replay buffer: sub-trajectories with what the planner did."""
 
+import warnings
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -9,6 +10,11 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_boom.core.losses import WARMUP_STD
+
+try:
+    import psutil
+except ImportError:
+    psutil = None
 
 SAMPLINGS = ("uniform", "episode")
 
@@ -72,6 +78,7 @@ class WeightedReplayBuffer(ReplayBuffer):
     :param device: where samples go, and the storage too if it fits
     :param n_envs: number of environments
     :param optimize_memory_usage: must be False: every observation is already stored once
+    :param handle_timeout_termination: must be True: a truncation is never taken for a termination
     :param horizon: ``H``, steps of a window; default 3
     :param sampling: "uniform" over transitions (default), or "episode" as the authors' release: first a finished episode
         longer than ``horizon``, then a window inside it, which over-draws short episodes
@@ -91,6 +98,7 @@ class WeightedReplayBuffer(ReplayBuffer):
         device: th.device | str = "auto",
         n_envs: int = 1,
         optimize_memory_usage: bool = False,
+        handle_timeout_termination: bool = True,
         horizon: int = 3,
         sampling: str = "uniform",
         value_temperature: float | None = None,
@@ -99,6 +107,10 @@ class WeightedReplayBuffer(ReplayBuffer):
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         if optimize_memory_usage:
             raise ValueError("optimize_memory_usage must be False: WeightedReplayBuffer already stores every observation once")
+        if not handle_timeout_termination:
+            raise ValueError(
+                "handle_timeout_termination must be True: WeightedReplayBuffer tells truncations from terminations"
+            )
         if horizon < 1:
             raise ValueError(f"horizon must be at least 1, not {horizon}")
         if sampling not in SAMPLINGS:
@@ -123,6 +135,7 @@ class WeightedReplayBuffer(ReplayBuffer):
         self._episode_open = np.zeros(self.n_envs, dtype=bool)
         self._episodes: Episodes | None = None  # None: to be found anew
         self._n_overwritten = 0  # rows since they were found
+        self._warn_if_too_large()
 
     # ------------------------------------------------------------------ storing
 
@@ -213,21 +226,43 @@ class WeightedReplayBuffer(ReplayBuffer):
         """Make the rings. :param rows: observations whose dtype and shape to take, ``[n_envs, ...]``"""
         shape = (self.buffer_size, self.n_envs)
         n_finals = self.n_envs + self.buffer_size * self.n_envs // 20 + 1
-        row_bytes = sum(row.nbytes for row in rows.values()) // self.n_envs
-        device = self._storage_device(shape[0] * shape[1] * (row_bytes + 4 * sum(self._step_widths) + 8))
+        device = self._storage_device(self._full_bytes(sum(row.nbytes for row in rows.values()) // self.n_envs))
         zeros = {
             "steps": ((sum(self._step_widths),), th.float32),
             "final_slot": ((), th.int32),
         }
         if self.value_temperature is not None:
             zeros["values"] = ((), th.float32)
-        self._storage = {name: th.zeros(*shape, *tail, dtype=dtype, device=device) for name, (tail, dtype) in zeros.items()}
-        self._storage["final_slot"].fill_(-1)
+        self._storage = {name: _zeros((*shape, *tail), dtype, device) for name, (tail, dtype) in zeros.items()}
         for key, row in rows.items():
             like = th.from_numpy(row)
-            self._storage[f"obs/{key}"] = th.zeros(*shape, *like.shape[1:], dtype=like.dtype, device=device)
-            self._final_observations[key] = th.zeros(n_finals, *like.shape[1:], dtype=like.dtype, device=device)
+            self._storage[f"obs/{key}"] = _zeros((*shape, *like.shape[1:]), like.dtype, device)
+            self._final_observations[key] = _zeros((n_finals, *like.shape[1:]), like.dtype, device)
         self._free_slots = np.arange(n_finals - 1, self.n_envs - 1, -1, dtype=np.int32)
+
+    def _full_bytes(self, observation_bytes: int) -> int:
+        """
+        :param observation_bytes: of one observation
+        :return: what the full buffer takes, with final observations for episodes of 20 steps
+        """
+        per_transition = observation_bytes * 21 // 20 + 4 * sum(self._step_widths) + 8
+        return self.buffer_size * self.n_envs * per_transition
+
+    def _warn_if_too_large(self) -> None:
+        """As SB3's own: pages are taken as they are filled, so that a lack of memory would show after hours only."""
+        if psutil is None:
+            return
+        shapes = self.obs_shape if isinstance(self.obs_shape, dict) else {"": self.obs_shape}
+        dtypes = {key: (self.observation_space[key] if key else self.observation_space).dtype for key in shapes}  # type: ignore[index]
+        itemsize = {key: 4 if dtype == np.float64 else np.dtype(dtype).itemsize for key, dtype in dtypes.items()}
+        needed = self._full_bytes(sum(int(np.prod(shape)) * itemsize[key] for key, shape in shapes.items()))
+        available = psutil.virtual_memory().available
+        if needed > available:
+            warnings.warn(
+                f"the full replay buffer will take {needed / 1e9:.2f}GB, and {available / 1e9:.2f}GB of memory are free: "
+                f"lower buffer_size, now {self.buffer_size * self.n_envs}",
+                stacklevel=2,
+            )
 
     def _storage_device(self, n_bytes: int) -> th.device:
         """The samples' device if half of its free memory holds the storage, else the CPU."""
@@ -436,13 +471,22 @@ class WeightedReplayBuffer(ReplayBuffer):
         self._episode_open = np.zeros(self.n_envs, dtype=bool)
         self._episodes = None
 
-    def draw_like(self, other: "WeightedReplayBuffer") -> None:
+    def draw_like(
+        self,
+        horizon: int,
+        sampling: str = "uniform",
+        value_temperature: float | None = None,
+        handle_timeout_termination: bool = True,
+    ) -> None:
         """
-        Draw as another buffer does. Values that were not kept so far start alike.
+        Draw by other settings than those it was made with. Values that were not kept so far start alike.
 
-        :param other: whose ``horizon``, ``sampling`` and ``value_temperature`` to take
+        :param horizon: see the class, as for all that follow
+        :param sampling: see there
+        :param value_temperature: see there
+        :param handle_timeout_termination: see there
         """
-        self.horizon, self.sampling, self.value_temperature = other.horizon, other.sampling, other.value_temperature
+        self.horizon, self.sampling, self.value_temperature = horizon, sampling, value_temperature
         if self.value_temperature is None:
             self._storage.pop("values", None)
         elif self._storage:
@@ -464,7 +508,16 @@ class WeightedReplayBuffer(ReplayBuffer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for name in ("_storage", "_final_observations"):
-            setattr(self, name, {key: th.from_numpy(np.array(array)) for key, array in state[name].items()})
+            setattr(
+                self, name, {key: th.from_numpy(np.require(array, requirements="W")) for key, array in state[name].items()}
+            )
+
+
+def _zeros(shape: tuple[int, ...], dtype: th.dtype, device: th.device) -> th.Tensor:
+    """``th.zeros``, which on a CPU would touch every page: NumPy's take memory only as they are written."""
+    if device.type != "cpu":
+        return th.zeros(shape, dtype=dtype, device=device)
+    return th.from_numpy(np.zeros(shape, dtype=th.empty((), dtype=dtype).numpy().dtype))
 
 
 def _take(stored: th.Tensor, indices: th.Tensor) -> th.Tensor:

@@ -1,6 +1,7 @@
 """What a user can get wrong, found early and told with what to change."""
 
 import contextlib
+import functools
 import inspect
 import io
 import json
@@ -9,8 +10,8 @@ import numbers
 import pathlib
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from gymnasium import spaces
@@ -19,73 +20,96 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_boom.buffers import WeightedReplayBuffer
 from sb3_boom.core import losses
-from sb3_boom.episode_length import episode_length
-from sb3_boom.policies import BOOMPolicy, is_dog_sized
+from sb3_boom.policies import BOOMPolicy
 
-if TYPE_CHECKING:
-    from sb3_boom.boom import BOOM
-
-FORMAT_VERSION = 1  # of saved archives
-SLOW_ON_CPU = 4_000_000  # parameters
+FORMAT_VERSION = 2  # of saved archives; 1: compile, tf32 and encoder_lr_scale beside policy_kwargs, no preset
 GATE_WARNING_STEPS = 50_000
 # arguments of the policy that the algorithm passes on
-OWNED_BY_BOOM = ("encoder_lr_scale", "handle_terminations", "planner", "planner_kwargs", "horizon", "gamma", "compile")
-WHOLE_NUMBERS = {"buffer_size": 1, "batch_size": 1, "horizon": 1, "learning_starts": 0, "pretrain_steps": 0}  # lowest
+OWNED_BY_BOOM = ("handle_terminations", "planner", "planner_kwargs", "horizon", "gamma")
+# constructor arguments of old. Those of the policy change no network, so load() takes them too
+MOVED_TO_POLICY = ("encoder_lr_scale", "compile", "tf32")
+MOVED = {
+    **{name: f"policy_kwargs=dict({name}=...)" for name in MOVED_TO_POLICY},
+    "use_sde": "nowhere: the planner explores by itself",
+}
+WHOLE_NUMBERS = {  # lowest
+    "buffer_size": 1,
+    "batch_size": 1,
+    "horizon": 1,
+    "learning_starts": 0,
+    "pretrain_steps": 0,
+}
 # lowest and highest of the others; those in POSITIVE may not be 0 either
 RANGES = {
     "tau": (0.0, 1.0),
     "gamma": (0.0, 1.0),
     **dict.fromkeys(("consistency_coef", "reward_coef", "value_coef", "termination_coef", "align_coef"), (0.0, math.inf)),
-    **dict.fromkeys(("rho", "ent_coef", "encoder_lr_scale", "align_temperature", "max_grad_norm"), (0.0, math.inf)),
+    **dict.fromkeys(("rho", "ent_coef", "align_temperature", "max_grad_norm"), (0.0, math.inf)),
 }
 POSITIVE = ("tau", "align_temperature", "max_grad_norm")
-AUTO = ("learning_starts", "pretrain_steps", "gamma", "align_coef")
+AUTO = ("learning_starts", "pretrain_steps", "batch_size", "gamma", "align_coef")
+Self = TypeVar("Self")
+Arguments = ParamSpec("Arguments")
 
 
-def check_settings(model: "BOOM") -> None:
+def moved_arguments_named(init: Callable[Concatenate[Self, Arguments], None]) -> Callable[Concatenate[Self, Arguments], None]:
     """
-    :param model: whose settings to check, before anything is built with them
+    Say where an argument has gone, where Python would say only that there is none of that name.
+
+    :param init: a constructor
+    :return: the same, which raises a TypeError that names the new place
+    """
+
+    @functools.wraps(init)
+    def checked(self: Self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        for name in MOVED.keys() & kwargs.keys():
+            raise TypeError(f"BOOM() takes no {name} any more: it went to {MOVED[name]}")
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """
+    :param settings: BOOM's, by name, before anything is built with them
     :raises ValueError: for settings that are unsupported, out of range or contradict each other
     """
     unsupported = {
         "optimize_memory_usage": (False, "the replay buffer already stores every observation once"),
-        "n_steps": (1, f"use `horizon` (now {model.horizon}), the steps that the world model looks ahead"),
-        "use_sde": (False, "the planner explores by itself"),
+        "n_steps": (1, f"use `horizon` (now {settings['horizon']}), the steps that the world model looks ahead"),
     }
     for name, (supported, reason) in unsupported.items():
-        if getattr(model, name) != supported:
+        if settings[name] != supported:
             raise ValueError(f"BOOM supports only {name}={supported}: {reason}")
     for name, choices in (("alignment", losses.ALIGNMENTS), ("align_weighting", losses.ALIGN_WEIGHTINGS)):
-        if getattr(model, name) not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(model, name)!r}")
+        if settings[name] not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {settings[name]!r}")
     for name in (*WHOLE_NUMBERS, *RANGES):
-        _check_number(name, getattr(model, name))
-    for name in ("handle_terminations", "align_warmup", "tf32"):
-        if not isinstance(getattr(model, name), bool):
-            raise ValueError(f"{name} must be True or False, not {getattr(model, name)!r}")
-    if not isinstance(model.compile, bool) and model.compile != "auto":
-        raise ValueError(f'compile must be True, False or "auto", not {model.compile!r}')
-    widest = (model.planner_kwargs or {}).get("max_std", 0.0)
-    if not model.align_warmup and widest >= losses.PLANNED_STD:
+        _check_number(name, settings[name])
+    for name in ("handle_terminations", "align_warmup"):
+        if not isinstance(settings[name], bool):
+            raise ValueError(f"{name} must be True or False, not {settings[name]!r}")
+    widest = (settings["planner_kwargs"] or {}).get("max_std", 0.0)
+    if not settings["align_warmup"] and widest >= losses.PLANNED_STD:
         raise ValueError(
             f"align_warmup=False needs max_std below {losses.PLANNED_STD:.2f}, not {widest}: a random action has more"
         )
-    if "horizon" in model.replay_buffer_kwargs:
+    if "horizon" in settings["replay_buffer_kwargs"]:
         raise ValueError("horizon: pass to BOOM itself, not in replay_buffer_kwargs")
-    bounds = model.action_space
+    bounds = settings["action_space"]
     if isinstance(bounds, spaces.Box) and not (bounds.low < bounds.high).all():
         raise ValueError(f"every action needs low < high, unlike {bounds}: leave out the ones that are fixed")
-    buffer_class = model.replay_buffer_class
+    buffer_class = settings["replay_buffer_class"]
     if buffer_class is not None and not issubclass(buffer_class, WeightedReplayBuffer):
         raise ValueError(
             f"replay_buffer_class must be a subclass of WeightedReplayBuffer, not {buffer_class.__name__}: "
             "BOOM learns from sub-trajectories and from what the planner did"
         )
-    _check_policy_kwargs(model)
+    _check_policy_kwargs(settings["policy_kwargs"], settings["policy_class"])
 
 
 def _check_number(name: str, value: Any) -> None:
-    if name in AUTO and value == "auto":
+    if name in AUTO and isinstance(value, str) and value == "auto":
         return
     or_auto = ' or "auto"' if name in AUTO else ""
     if name == "ent_coef" and isinstance(value, str):
@@ -101,49 +125,29 @@ def _check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a whole number{or_auto}, not {value!r}")
 
 
-def _check_policy_kwargs(model: "BOOM") -> None:
-    misplaced = [name for name in OWNED_BY_BOOM if name in model.policy_kwargs]
+def _check_policy_kwargs(policy_kwargs: Mapping[str, Any], policy_class: type) -> None:
+    misplaced = [name for name in OWNED_BY_BOOM if name in policy_kwargs]
     if misplaced:
         raise ValueError(f"{', '.join(misplaced)}: pass to BOOM itself, not in policy_kwargs")
-    if "lr" in (model.policy_kwargs.get("optimizer_kwargs") or {}):
+    if "lr" in (policy_kwargs.get("optimizer_kwargs") or {}):
         raise ValueError("lr: pass learning_rate to BOOM itself, not in optimizer_kwargs")
-    known = dict(inspect.signature(BOOMPolicy).parameters) | dict(inspect.signature(model.policy_class).parameters)
+    known = dict(inspect.signature(BOOMPolicy).parameters) | dict(inspect.signature(policy_class).parameters)
     choices = [name for name in known if name not in (*OWNED_BY_BOOM, "observation_space", "action_space", "lr_schedule")]
-    unknown = sorted(set(model.policy_kwargs) - set(choices))
+    unknown = sorted(set(policy_kwargs) - set(choices))
     if unknown:
         raise ValueError(f"unknown policy_kwargs {', '.join(unknown)}: choose among {', '.join(choices)}")
 
 
-def resolve_auto(model: "BOOM") -> None:
+def check_buffer(buffer: Any, expected: Mapping[str, Any]) -> None:
     """
-    Replace every "auto" among the settings by the paper's rule.
-
-    :param model: whose settings to change
-    """
-    length = episode_length(model.env)
-    if model.gamma == "auto":
-        model.gamma = 0.99 if length is None else float(np.clip((length / 5 - 1) / (length / 5), 0.95, 0.995))
-    if model.learning_starts == "auto":
-        model.learning_starts = 2500 if length is None else max(1000, 5 * length)
-    if model.pretrain_steps == "auto":
-        model.pretrain_steps = model.learning_starts
-    for name in WHOLE_NUMBERS:
-        setattr(model, name, int(getattr(model, name)))
-    if model.align_coef == "auto":
-        action_dim = int(np.prod(model.action_space.shape or ()))
-        model.align_coef = action_dim / (1000 if is_dog_sized(action_dim) else 50)
-
-
-def check_buffer(model: "BOOM", buffer: Any) -> None:
-    """
-    :param model: whose replay buffer it is to be
     :param buffer: what was loaded
+    :param expected: the model's ``observation_space``, ``action_space`` and ``n_envs``
     :raises ValueError: for a buffer that is not one for this model
     """
     if not isinstance(buffer, WeightedReplayBuffer):
         raise ValueError(f"the replay buffer must be a WeightedReplayBuffer, not {type(buffer).__name__}")
-    for name in ("observation_space", "action_space", "n_envs"):
-        ours, theirs = getattr(model, name), getattr(buffer, name)
+    for name, ours in expected.items():
+        theirs = getattr(buffer, name)
         if ours != theirs:
             raise ValueError(f"the replay buffer was filled with {name}={theirs}, the model has {ours}: it fits another one")
 
@@ -205,7 +209,7 @@ def check_load_arguments(classes: Sequence[type], kwargs: dict[str, Any]) -> Non
     :raises TypeError: for a name that no constructor has
     """
     known = dict.fromkeys(name for cls in classes for name in inspect.signature(cls).parameters)
-    unknown = sorted(set(kwargs) - set(known))
+    unknown = sorted(set(kwargs) - set(known) - set(MOVED_TO_POLICY))
     if unknown:
         name = classes[0].__name__
         raise TypeError(f"{name}.load() got unexpected arguments {', '.join(unknown)}: choose among {', '.join(known)}")
@@ -231,44 +235,25 @@ def misfit_named(path: Any, kwargs: dict[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def warn_if_never_aligned(model: "BOOM", align_active: float) -> None:
+def warn_if_never_aligned(num_timesteps: int) -> bool:
     """
-    Once, after long training: the alignment never took part.
+    After long training: the alignment never took part.
 
-    :param model: the model
-    :param align_active: how often it did since the last log, from 0 to 1
+    :param num_timesteps: steps so far
+    :return: whether training has been long
     """
-    if align_active > 0.0 or model.alignment == "none":
-        model.warned.add("alignment")  # it can be on: no warning needed any more
-    elif model.num_timesteps >= GATE_WARNING_STEPS and "alignment" not in model.warned:
-        model.warned.add("alignment")
-        warnings.warn(
-            f"the policy was never aligned with the planner in {model.num_timesteps} steps: the Q scale stays at or below "
-            f'{losses.GATE_SCALE}, where alignment="release" is off. Scale rewards up, or use alignment="forward_kl".',
-            stacklevel=2,
-        )
-
-
-def warn_if_slow(model: "BOOM") -> None:
-    """
-    Once, on a CPU: what a step of a large model costs.
-
-    :param model: the model
-    """
-    milliseconds = model.meters.milliseconds()
-    if model.device.type != "cpu" or "slow" in model.warned or model._n_updates < 20 or "plan" not in milliseconds:
-        return
-    model.warned.add("slow")
-    if sum(parameter.numel() for parameter in model.policy.parameters()) >= SLOW_ON_CPU:
-        warnings.warn(
-            f"one step of this model takes about {sum(milliseconds.values()):.0f} ms on this CPU. "
-            'policy_kwargs=dict(model_size="tiny") with fewer planner samples takes a fraction of it.',
-            stacklevel=2,
-        )
+    if num_timesteps < GATE_WARNING_STEPS:
+        return False
+    warnings.warn(
+        f"the policy was never aligned with the planner in {num_timesteps} steps: the Q scale stays at or below "
+        f'{losses.GATE_SCALE}, where alignment="release" is off. Scale rewards up, or use alignment="forward_kl".',
+        stacklevel=2,
+    )
+    return True
 
 
 @contextlib.contextmanager
-def worker_deaths_named(env: VecEnv) -> Iterator[None]:
+def worker_deaths_named(env: VecEnv | None) -> Iterator[None]:
     """
     Say which process is gone where SubprocVecEnv says only that a pipe is closed.
 
@@ -278,6 +263,7 @@ def worker_deaths_named(env: VecEnv) -> Iterator[None]:
     try:
         yield
     except (EOFError, ConnectionError) as error:
+        assert env is not None
         processes = getattr(env.unwrapped, "processes", [])
         for index, process in enumerate(processes):
             process.join(timeout=1.0)

@@ -1,9 +1,9 @@
 """
 The ``sb3-boom`` command. Most of it is rl_zoo3's, for BOOM.
 
-    sb3-boom train --env Pendulum-v1 --cpu -P
+    sb3-boom train --env Pendulum-v1 -P
     sb3-boom enjoy --env Pendulum-v1 --no-render
-    sb3-boom list --cpu
+    sb3-boom list
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import gymnasium as gym
 
-USAGE = """usage: sb3-boom [--traceback] COMMAND [--cpu] ...
+USAGE = """usage: sb3-boom [--traceback] COMMAND [--cpu | --paper] ...
 
 commands, of which the first five take rl_zoo3's options (sb3-boom COMMAND --help):
   train      train BOOM on an environment with the settings of its entry
@@ -28,7 +28,8 @@ commands, of which the first five take rl_zoo3's options (sb3-boom COMMAND --hel
   bench      measure what a step costs on this machine
 
 options:
-  --cpu        train, optimize, list, benchmark: settings for two CPU cores (boom-cpu.yml) instead of those of boom.yml
+  --cpu        train, optimize, list, benchmark: settings for two CPU cores (boom-cpu.yml), the default without a GPU
+  --paper      the same: the paper's settings (boom.yml), the default with a GPU
   --traceback  show where an error comes from"""
 USER_ERRORS = (ValueError, ImportError, OSError, gym.error.Error)
 OTHER_ERRORS = (TypeError, AssertionError, KeyError, RuntimeError)  # a mistake of the user's, or of a program's
@@ -70,7 +71,11 @@ def train(arguments: list[str], cpu: bool) -> None:
     from sb3_boom import zoo
 
     _rl_zoo3(arguments)
-    sys.argv[1:] = ["--algo", "boom", "--conf-file", str(zoo.hyperparams_file(cpu)), *arguments]  # the last one counts
+    path = zoo.hyperparams_file(cpu)
+    if not {"-conf", "--conf-file"} & set(arguments):
+        sizes, other = ("two CPU cores", "--paper") if cpu else ("a GPU", "--cpu")
+        print(f"settings for {sizes}: {path} ({other} takes the others)", flush=True)
+    sys.argv[1:] = ["--algo", "boom", "--conf-file", str(path), *arguments]  # the last one counts
     rl_zoo3_train()
 
 
@@ -159,6 +164,15 @@ def _one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     fail(f"{message} (sb3-boom COMMAND --help lists the options)")
 
 
+def _has_no_gpu() -> bool:
+    """:return: whether the settings for a CPU are the ones for this machine"""
+    from stable_baselines3.common.utils import get_device
+
+    from sb3_boom.presets import choose_preset
+
+    return choose_preset("auto", get_device("auto")) == "cpu"
+
+
 def _output_is_closed() -> bool:
     """:return: whether what reads our output has gone"""
     try:
@@ -179,10 +193,13 @@ def main() -> None:
     command, *arguments = arguments
     if command not in BY_ENTRY and command not in OTHERS:
         fail(f"unknown command {command}: choose among {', '.join((*BY_ENTRY, *OTHERS))}")
-    cpu = "--cpu" in arguments
-    if cpu and command in OTHERS:
-        fail(f"{command} takes no --cpu, which chooses the settings of {', '.join(BY_ENTRY)}")
-    arguments = [argument for argument in arguments if argument != "--cpu"]
+    chosen = [argument for argument in arguments if argument in ("--cpu", "--paper")]
+    if chosen and command in OTHERS:
+        fail(f"{command} takes no {chosen[0]}, which chooses the settings of {', '.join(BY_ENTRY)}")
+    if len(set(chosen)) > 1:
+        fail("--cpu and --paper: choose one of the two")
+    cpu = command in BY_ENTRY and ("--cpu" in chosen if chosen else _has_no_gpu())
+    arguments = [argument for argument in arguments if argument not in chosen]
     sys.argv[0] = f"sb3-boom {command}"
     argparse.ArgumentParser.error = _one_line  # type: ignore[method-assign, assignment]  # rl_zoo3's parsers are its own
     try:

@@ -20,6 +20,7 @@ from sb3_boom.core.augmentation import random_shift
 from sb3_boom.core.compilation import choose_compiler
 from sb3_boom.core.critic import Critic, draw_pairs
 from sb3_boom.core.planner import Plan, make_config
+from sb3_boom.core.torch_layers import set_mode
 from sb3_boom.core.world_model import WorldModel
 
 # name: (enc_dim, mlp_dim, latent_dim, n_critics, n_enc_layers); all but "tiny" are TD-MPC2's
@@ -51,8 +52,8 @@ class BOOMPolicy(BasePolicy):
     :param observation_space: Observation space
     :param action_space: Action space, a Box
     :param lr_schedule: Learning rate schedule
-    :param model_size: "tiny", "1M", "5M" (the paper's, default), "19M", "48M" or "317M" parameters; the six dimensions
-        that follow override it one by one
+    :param model_size: "tiny", "1M", "5M", "19M", "48M" or "317M" parameters; the six dimensions that follow override it one
+        by one. BOOM's default follows its ``preset``
     :param enc_dim: width of the encoder's hidden layers
     :param mlp_dim: width of the other networks' hidden layers
     :param latent_dim: size ``L`` of the latent
@@ -68,13 +69,15 @@ class BOOMPolicy(BasePolicy):
     :param image_shift: pixels by which images are shifted at random, either way, while learning (as TD-MPC2); 0 for none
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
     :param optimizer_kwargs: Additional keyword arguments of both optimizers, without the learning rate
-    :param encoder_lr_scale: the encoder's learning rate as a part of the others'; set by BOOM, as all that follow
-    :param handle_terminations: whether the world model predicts terminations
+    :param encoder_lr_scale: the encoder's learning rate as a part of the others'
+    :param compile: compile planner and losses with torch.compile. Default "auto": where it works
+    :param tf32: on a GPU, let matrix products round their factors to TF32 (10 bits of mantissa), as its tensor cores multiply
+        them; this is torch's own setting, of the whole process. Default True; False leaves it as it is
+    :param handle_terminations: whether the world model predicts terminations; set by BOOM, as all that follow
     :param planner: "mppi" or "cem"
     :param planner_kwargs: see :class:`sb3_boom.BOOM`
     :param horizon: steps ``H`` looked ahead
     :param gamma: discount
-    :param compile: True, False or "auto", see :class:`sb3_boom.BOOM`
     :raises ValueError: for settings outside of these
     """
 
@@ -102,12 +105,13 @@ class BOOMPolicy(BasePolicy):
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
         encoder_lr_scale: float = 0.3,
+        compile: bool | Literal["auto"] = "auto",
+        tf32: bool = True,
         handle_terminations: bool = True,
         planner: str = "mppi",
         planner_kwargs: dict[str, Any] | None = None,
         horizon: int = 3,
         gamma: float = 0.99,
-        compile: bool | str = "auto",
     ) -> None:
         super().__init__(
             observation_space,
@@ -137,6 +141,12 @@ class BOOMPolicy(BasePolicy):
             raise ValueError(f"dropout must be in [0, 1), not {dropout}")
         if not isinstance(image_shift, int) or image_shift < 0:
             raise ValueError(f"image_shift must be a number of pixels of at least 0, not {image_shift!r}")
+        if isinstance(encoder_lr_scale, (bool, str)) or not encoder_lr_scale >= 0.0:  # NaN neither
+            raise ValueError(f"encoder_lr_scale must be at least 0, not {encoder_lr_scale!r}")
+        if not isinstance(compile, bool) and compile != "auto":
+            raise ValueError(f'compile must be True, False or "auto", not {compile!r}')
+        if not isinstance(tf32, bool):
+            raise ValueError(f"tf32 must be True or False, not {tf32!r}")
         self._constructor_kwargs = dict(
             model_size=model_size,
             enc_dim=enc_dim,
@@ -148,13 +158,16 @@ class BOOMPolicy(BasePolicy):
             dropout=dropout,
             image_shift=image_shift,
             encoder_lr_scale=encoder_lr_scale,
+            compile=compile,
+            tf32=tf32,
             handle_terminations=handle_terminations,
             planner=planner,
             planner_kwargs=planner_kwargs,
             horizon=horizon,
             gamma=gamma,
-            compile=compile,
         )
+        self.model_size = model_size
+        self.tf32 = tf32
         self.latent_dim = latent_dim
         self.dropout = dropout
         self.image_shift = image_shift
@@ -214,16 +227,14 @@ class BOOMPolicy(BasePolicy):
 
     def train(self, mode: bool = True) -> "BOOMPolicy":
         """
-        Set the mode. In this module's policies it matters to the features extractor alone, since dropout is drawn with the
-        other noise of an update; it changes twice a step, and to tell all the layers of the networks took milliseconds.
+        Set the mode. It changes twice a step, so layers that have none are passed over (:func:`set_mode`).
 
         :param mode: True to update, False to act
         :return: itself
         """
-        if type(self).__module__ != __name__:  # a policy of the user's own may have other layers
-            return super().train(mode)
         self.training = mode
-        self.features_extractor.train(mode)
+        for network in self.children():
+            set_mode(network, mode)
         return self
 
     # ----------------------------------------------------------------- planning
@@ -327,7 +338,7 @@ class BOOMPolicy(BasePolicy):
         :raises ValueError: for a state of another shape, or if no plan has a finite value
         """
         self.set_training_mode(False)
-        _check_observation(observation)
+        check_observation(self, observation)
         obs, vectorized = self.obs_to_tensor(observation)
         n_envs = len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
         mean = self.initial_mean(n_envs)
@@ -403,39 +414,6 @@ class BOOMPolicy(BasePolicy):
         return data
 
 
-class PolicyPrior:
-    """
-    The policy π that plans start from, without planning: ``evaluate_policy(model.prior, env)``.
-
-    :param policy: the policy it belongs to
-    """
-
-    def __init__(self, policy: BOOMPolicy) -> None:
-        self.policy = policy
-
-    def predict(
-        self,
-        observation: np.ndarray | dict[str, np.ndarray],
-        state: tuple[np.ndarray, ...] | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """
-        :param observation: one observation or a batch of them
-        :param state: returned as it is: the policy has no memory
-        :param episode_start: unused
-        :param deterministic: the squashed mean instead of a sample
-        :return: actions within the action space's bounds, and ``state``
-        """
-        policy = self.policy
-        policy.set_training_mode(False)
-        _check_observation(observation)
-        obs, vectorized = policy.obs_to_tensor(observation)
-        with th.no_grad():
-            actions = policy.to_action_space(policy(obs, deterministic).cpu().numpy())
-        return actions if vectorized else actions[0], state
-
-
 def finite_actions(actions: th.Tensor) -> np.ndarray:
     """
     Bring planned actions to the host, where a failed plan is seen without another synchronisation.
@@ -453,16 +431,14 @@ def finite_actions(actions: th.Tensor) -> np.ndarray:
     return array
 
 
-def _check_observation(observation: Any) -> None:
+def check_observation(policy: BasePolicy, observation: Any) -> None:
     """
-    :param observation: what predict() was given
-    :raises ValueError: for the mistake that SB3's own predict() looks for, and for what would end in an action of NaN
+    :param policy: whose ``predict`` it is
+    :param observation: what that was given
+    :raises ValueError: for what would end in an action of NaN, and for what SB3 refuses
     """
     if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
-        raise ValueError(
-            "predict() was given a tuple, probably what a Gymnasium reset() returns: "
-            "pass the observation alone, `obs, info = env.reset()`"
-        )
+        BasePolicy.predict(policy, observation)  # type: ignore[arg-type]  # raises SB3's own message
     for key, value in (observation if isinstance(observation, dict) else {"": observation}).items():
         array = np.asarray(value)
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():

@@ -13,9 +13,11 @@ import yaml
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS, get_wrapper_class
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
 from sb3_boom import BOOM
+from sb3_boom.presets import choose_preset
 
 OF_THE_ENVIRONMENT = ("n_envs", "n_timesteps", "env_wrapper", "env_kwargs", "frame_stack")
 ENVIRONMENT_PACKAGES = ("shimmy", "humanoid_bench")  # they register their environments when imported
@@ -139,7 +141,7 @@ def register() -> None:
 
 def sample_boom_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
-    BOOM's search space.
+    BOOM's search space. Sizes follow the machine, as BOOM's defaults do: on two cores a trial of a large model takes hours.
 
     :param trial: the trial to sample for
     :param n_actions: unused, as rl_zoo3 passes it
@@ -147,12 +149,13 @@ def sample_boom_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
     :param additional_args: unused, as rl_zoo3 passes it
     :return: arguments of :class:`sb3_boom.BOOM`
     """
+    on_cpu = choose_preset("auto", get_device("auto")) == "cpu"
     return convert_boom_params(
         dict(
-            model_size=trial.suggest_categorical("model_size", ["tiny", "1M"]),
+            model_size=trial.suggest_categorical("model_size", ["tiny"] if on_cpu else ["1M", "5M"]),
             horizon=trial.suggest_int("horizon", 1, 5),
-            n_samples_pow=trial.suggest_int("n_samples_pow", 5, 9),
-            n_iterations=trial.suggest_int("n_iterations", 2, 8),
+            n_samples_pow=trial.suggest_int("n_samples_pow", *((5, 8) if on_cpu else (7, 10))),
+            n_iterations=trial.suggest_int("n_iterations", *((2, 6) if on_cpu else (4, 8))),
             align_coef=trial.suggest_float("align_coef", 1e-3, 1.0, log=True),
             learning_rate=trial.suggest_float("learning_rate", 1e-4, 1e-3, log=True),
             rho=trial.suggest_float("rho", 0.3, 1.0),

@@ -90,7 +90,8 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(error) from None
     steps = 0 if args.random else args.steps or int(entry["n_timesteps"])
-    variant = " ".join(f"{key}:{value}" for key, value in args.params.items()) or runner.own_variant(entry)
+    changed = [f"{key}:{value}" for key, value in args.params.items() if key != "alignment"]
+    variant = " ".join(changed) or runner.own_variant(entry)
     run = (args.env, "random" if args.random else variant, args.seed)
     folder = args.folder or ROOT / "logs" / f"{args.env.replace('/', '-')}-seed{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +115,7 @@ def main() -> None:
         return
     settings = zoo.settings_of_the_model(entry)
     if args.no_compile:
-        settings["compile"] = False
+        settings["policy_kwargs"] = {**settings.get("policy_kwargs", {}), "compile": False}
     model = BOOM(env=env, seed=args.seed, verbose=1, **settings)
     evaluations = EvaluationLog(eval_env, csv, run, args.eval_episodes, args.eval_freq // env.num_envs)
     model.learn(steps, callback=evaluations, progress_bar=not args.no_progress)

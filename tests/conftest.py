@@ -16,7 +16,7 @@ settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
 TINY_PLANNER = dict(n_samples=32, n_elites=4, n_policy_samples=2, n_iterations=2)
-TINY_POLICY = dict(model_size="tiny", mlp_dim=32, enc_dim=32, latent_dim=16, n_critics=3)
+TINY_POLICY = dict(model_size="tiny", mlp_dim=32, enc_dim=32, latent_dim=16, n_critics=3, compile=False)
 TINY = dict(
     buffer_size=2_000,
     learning_starts=20,
@@ -24,7 +24,6 @@ TINY = dict(
     batch_size=16,
     planner_kwargs=TINY_PLANNER,
     policy_kwargs=TINY_POLICY,
-    compile=False,
     seed=0,
 )
 

@@ -35,25 +35,28 @@ from sb3_boom import BOOM
         (dict(tau=5), "tau must be above 0 and at most 1"),
         (dict(gamma=1.5), 'gamma must be at least 0 and at most 1 or "auto"'),
         (dict(rho=-1), "rho must be at least 0"),
-        (dict(encoder_lr_scale=-1), "encoder_lr_scale must be at least 0"),
+        (dict(policy_kwargs=dict(encoder_lr_scale=-1)), "encoder_lr_scale must be at least 0"),
         (dict(consistency_coef=float("nan")), "consistency_coef must be at least 0"),
         (dict(max_grad_norm=0), "max_grad_norm must be above 0"),
         (dict(ent_coef="auto"), "ent_coef must be a number: BOOM does not tune it"),
         (dict(handle_terminations="no"), "handle_terminations must be True or False"),
         (dict(align_warmup=1), "align_warmup must be True or False"),
         (dict(align_warmup=False, planner_kwargs=dict(max_std=8.0)), "max_std below 7.3"),
-        (dict(compile=1), "compile must be True, False or"),
+        (dict(policy_kwargs=dict(compile=1)), "compile must be True, False or"),
         (dict(replay_buffer_kwargs=dict(horizon=7)), "horizon: pass to BOOM itself"),
         (dict(alignment="kl"), "alignment must be one of release"),
         (dict(align_weighting="hard"), "align_weighting must be one of softmax"),
         (dict(align_temperature=0.0), "align_temperature"),
         (dict(planner="random"), "planner must be one of mppi, cem"),
-        (dict(compile="maybe"), "compile"),
+        (dict(policy_kwargs=dict(compile="maybe")), "compile"),
+        (dict(policy_kwargs=dict(tf32=1)), "tf32 must be True or False"),
+        (dict(preset="gpu"), 'preset must be one of paper, cpu or "auto"'),
+        (dict(batch_size="large"), 'batch_size must be a number or "auto"'),
+        (dict(replay_buffer_kwargs=dict(handle_timeout_termination=False)), "handle_timeout_termination must be True"),
         (dict(learning_starts="later"), "learning_starts"),
         (dict(pretrain_steps=1.5), "pretrain_steps must be a whole number"),
         (dict(optimize_memory_usage=True), "optimize_memory_usage=False"),
         (dict(n_steps=3), "n_steps=1"),
-        (dict(use_sde=True), "use_sde=False"),
         (dict(replay_buffer_class=ReplayBuffer), "WeightedReplayBuffer"),
         (dict(replay_buffer_kwargs=dict(sampling="recent")), "sampling"),
     ],
@@ -81,6 +84,20 @@ def test_action_that_can_take_one_value_only_is_refused():
 def test_unknown_constructor_argument_is_a_type_error():
     with pytest.raises(TypeError, match="net_arch"):
         BOOM("MlpPolicy", "Pendulum-v1", net_arch=[64])
+
+
+@pytest.mark.parametrize(
+    ("argument", "place"),
+    [
+        (dict(compile=False), r"policy_kwargs=dict\(compile"),
+        (dict(tf32=False), r"policy_kwargs=dict\(tf32"),
+        (dict(encoder_lr_scale=1.0), r"policy_kwargs=dict\(encoder_lr_scale"),
+        (dict(use_sde=True), "planner explores"),
+    ],
+)
+def test_moved_constructor_argument_is_a_type_error_that_names_its_place(argument, place):
+    with pytest.raises(TypeError, match=place):
+        BOOM("MlpPolicy", "Pendulum-v1", **TINY, **argument)
 
 
 class SpoiltEnv(gym.Env):

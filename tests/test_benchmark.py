@@ -21,9 +21,9 @@ from sb3_boom.benchmark.rows import Row
 ROW = Row("Pendulum-v1", "release", 0, 10, 10, -1200.5, -1300.25, 3.0, "abc", "python 3")
 SMALL = dict(
     planner_kwargs=dict(n_samples=8, n_elites=2, n_policy_samples=1, n_iterations=1),
-    policy_kwargs=dict(model_size="tiny", mlp_dim=16, enc_dim=16, latent_dim=8, n_critics=2),
+    policy_kwargs=dict(model_size="tiny", mlp_dim=16, enc_dim=16, latent_dim=8, n_critics=2, compile=False),
 )
-OTHERS = dict(learning_starts=20, pretrain_steps=2, compile=False, n_envs=1, gradient_steps=1, batch_size=8)
+OTHERS = dict(learning_starts=20, pretrain_steps=2, n_envs=1, gradient_steps=1, batch_size=8)
 QUICK = ["-params", *(f"{name}:{value!r}" for name, value in {**SMALL, **OTHERS}.items())]
 RUN = ["benchmark", "run", "--cpu", "--tasks", "Pendulum-v1", "--eval-episodes", "1", "--csv", "results.csv"]
 

@@ -23,7 +23,11 @@ pytestmark = pytest.mark.skipif(not compiler_works("cpu"), reason="no C++ compil
 
 
 def make_model(compile: bool) -> BOOM:
-    return BOOM("MlpPolicy", "Pendulum-v1", **dict(TINY, compile=compile, learning_rate=lambda left: 3e-4 * left))
+    return BOOM(
+        "MlpPolicy",
+        "Pendulum-v1",
+        **dict(TINY, policy_kwargs=dict(TINY["policy_kwargs"], compile=compile), learning_rate=lambda left: 3e-4 * left),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +281,9 @@ def test_tf32_is_for_gpus_and_keeps_what_is_coarser():
 
 
 def test_waiting_for_the_compiler_is_announced_once(capsys):
-    model = BOOM("MlpPolicy", "Pendulum-v1", **dict(TINY, compile=True, verbose=1, learning_starts=5, pretrain_steps=1))
+    policy_kwargs = dict(TINY["policy_kwargs"], compile=True)
+    settings = dict(TINY, policy_kwargs=policy_kwargs, verbose=1, learning_starts=5, pretrain_steps=1)
+    model = BOOM("MlpPolicy", "Pendulum-v1", **settings)
     model.learn(8)
     assert capsys.readouterr().out.count("Compiling") == 1
     eager = BOOM("MlpPolicy", "Pendulum-v1", **dict(TINY, verbose=1, learning_starts=5, pretrain_steps=1))

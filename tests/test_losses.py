@@ -110,7 +110,7 @@ def test_without_termination_head_every_end_bootstraps(handle_terminations):
     batch["terminations"] = th.ones(H, B, 1)
     _, _, after, _ = both_losses(networks, batch, planner, noise)
     assert ("termination_loss" in after) == handle_terminations
-    assert (before["value_loss"] != after["value_loss"]) == handle_terminations
+    assert (before["critic_loss"] != after["critic_loss"]) == handle_terminations
 
 
 # ----------------------------------------------------- both losses, written out
@@ -135,7 +135,7 @@ def test_model_loss_is_every_terms_part_along_the_rollout():
     )
     kept = noise.value_dropout.view(3, H, B, 16)
     z = world_model.encode(batch["features"])
-    expected = dict.fromkeys(("consistency", "reward", "value", "termination"), 0.0)
+    expected = dict.fromkeys(("consistency", "reward", "critic", "termination"), 0.0)
     for t in range(H):
         seen = batch["valid"][t].squeeze(-1)
         th.testing.assert_close(latents[t][seen], z[seen].detach())
@@ -145,7 +145,7 @@ def test_model_loss_is_every_terms_part_along_the_rollout():
         terms_t = dict(
             consistency=(predicted - next_z[t]).square().mean(-1, keepdim=True),
             reward=world_model.two_hot.cross_entropy(world_model.reward_logits(z, action), batch["rewards"][t]),
-            value=critic.two_hot.cross_entropy(value_logits, y[t]).mean(0),
+            critic=critic.two_hot.cross_entropy(value_logits, y[t]).mean(0),
             termination=th.nn.functional.binary_cross_entropy(
                 world_model.termination(predicted).sigmoid(), batch["terminations"][t], reduction="none"
             ),
@@ -155,7 +155,7 @@ def test_model_loss_is_every_terms_part_along_the_rollout():
         z = predicted
     for name, value in expected.items():
         th.testing.assert_close(terms[f"{name}_loss"], value.detach())
-    whole = 2 * expected["consistency"] + 3 * expected["reward"] + 5 * expected["value"] + 7 * expected["termination"]
+    whole = 2 * expected["consistency"] + 3 * expected["reward"] + 5 * expected["critic"] + 7 * expected["termination"]
     th.testing.assert_close(loss, whole)
 
 
@@ -189,7 +189,7 @@ def test_policy_loss_is_value_entropy_and_weighted_alignment():
         weights = (q[t][valid[t]] / 0.4).softmax(0).detach()
         value = value + 0.8**t / H * (0.3 * log_prob - q)[t][valid[t]].sum() / B
         alignment = alignment - 0.8**t / H * (weights * density[t][valid[t]] / new_scale).sum()
-    th.testing.assert_close(terms["policy_value_loss"], value)
+    th.testing.assert_close(terms["actor_value_loss"], value)
     th.testing.assert_close(terms["q_mean"], values[valid].mean())
     th.testing.assert_close(terms["log_prob"], log_prob[valid].mean())
     th.testing.assert_close(terms["align_loss"], alignment)
@@ -383,7 +383,7 @@ def test_no_alignment_is_no_alignment():
     networks, noise = make_networks(), make_noise()
     batch, planner = make_batch()
     _, loss, terms, _ = both_losses(networks, batch, planner, noise, config=replace(CONFIG, alignment="none"))
-    th.testing.assert_close(loss.detach(), terms["policy_value_loss"])
+    th.testing.assert_close(loss.detach(), terms["actor_value_loss"])
     assert terms["align_active"] == 0.0
 
 

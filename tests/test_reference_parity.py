@@ -32,11 +32,11 @@ NETWORKS = {
 LOSS_NAMES = {
     "consistency_loss": "consistency_loss",
     "reward_loss": "reward_loss",
-    "value_loss": "value_loss",
+    "value_loss": "critic_loss",
     "total_loss": "model_loss",
     "grad_norm": "grad_norm",
-    "pi_loss": "policy_loss",
-    "pi_q_loss": "policy_value_loss",
+    "pi_loss": "actor_loss",
+    "pi_q_loss": "actor_value_loss",
     "pi_fkl_loss": "align_loss",
     "pi_scale": "q_scale",
 }
@@ -60,6 +60,7 @@ class Golden:
             learning_starts=1,
             gamma=float(self["discount"]),
             handle_terminations=False,
+            alignment="release",
             learning_rate=LR,
             horizon=self.horizon,
             planner_kwargs=dict(
@@ -69,9 +70,13 @@ class Golden:
                 n_iterations=len(self["plan0/q_pairs"]),
             ),
             policy_kwargs=dict(
-                enc_dim=enc_dim, mlp_dim=mlp_dim, latent_dim=latent_dim, n_critics=len(self["before/q/0/weight"]), dropout=0.0
+                enc_dim=enc_dim,
+                mlp_dim=mlp_dim,
+                latent_dim=latent_dim,
+                n_critics=len(self["before/q/0/weight"]),
+                dropout=0.0,
+                compile=False,
             ),
-            compile=False,
             device="cpu",
         )
         self.policy = self.model.policy
@@ -291,7 +296,7 @@ def test_automatic_settings_are_the_ones_of_the_release(golden):
 
 
 def test_initial_parameters_have_the_statistics_of_the_paper():
-    model = BOOM("MlpPolicy", SpacesOnly(40, 6), policy_kwargs=dict(model_size="1M", n_critics=5), compile=False, seed=0)
+    model = BOOM("MlpPolicy", SpacesOnly(40, 6), policy_kwargs=dict(model_size="1M", n_critics=5, compile=False), seed=0)
     policy = model.policy
     rows = policy.world_model.reward[-1].weight.detach()
     th.testing.assert_close(rows @ rows.T, th.eye(len(rows)), rtol=0, atol=1e-5)  # orthogonal

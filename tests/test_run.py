@@ -19,8 +19,8 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 from sb3_boom import BOOM
 from sb3_boom.callbacks import PlannerPriorEvalCallback
 from sb3_boom.core import losses
-from sb3_boom.episode_length import episode_length
 from sb3_boom.meters import Meters
+from sb3_boom.presets import episode_length
 
 
 class TargetEnv(gym.Env):
@@ -111,15 +111,15 @@ def test_warmup_and_pretraining_happen_once_per_model():
 
 def test_interrupted_pretraining_goes_on_where_it_stopped(monkeypatch):
     model = make_model(learning_starts=20, pretrain_steps=250)
-    train, calls = model.train, []
+    update, calls = model._update, []
 
     def interrupted(gradient_steps, batch_size):
         calls.append(gradient_steps)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        train(1, batch_size)
+        update(1, batch_size)
 
-    monkeypatch.setattr(model, "train", interrupted)
+    monkeypatch.setattr(model, "_update", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.learn(20)
     assert model.pretrain_updates == 100
@@ -259,7 +259,10 @@ def test_optimizer_takes_its_own_arguments(optimizer_kwargs):
 
 
 def test_learning_rate_schedule_keeps_the_encoders_ratio():
-    model = make_model(learning_rate=lambda progress: 1e-3 * (0.5 + 0.4 * progress), encoder_lr_scale=0.5).learn(40)
+    model = make_model(
+        learning_rate=lambda progress: 1e-3 * (0.5 + 0.4 * progress),
+        policy_kwargs=dict(TINY["policy_kwargs"], encoder_lr_scale=0.5),
+    ).learn(40)
     encoder, others = model.policy.model_optimizer.param_groups
     assert others["lr"] == pytest.approx(5e-4, rel=0.05)
     assert encoder["lr"] == pytest.approx(0.5 * others["lr"])
@@ -299,7 +302,7 @@ def test_losses_and_times_are_logged(tmp_path):
     header = (tmp_path / "progress.csv").read_text().splitlines()[0].split(",")
     expected = [
         "rollout/ep_rew_mean", "time/plan_ms", "time/update_ms", "train/consistency_loss", "train/reward_loss",
-        "train/value_loss", "train/termination_loss", "train/policy_loss", "train/align_loss", "train/align_active",
+        "train/critic_loss", "train/termination_loss", "train/actor_loss", "train/align_loss", "train/align_active",
         "train/q_scale", "train/grad_norm", "train/learning_rate", "train/n_updates",
     ]  # fmt: skip
     assert set(expected) <= set(header)
@@ -307,7 +310,7 @@ def test_losses_and_times_are_logged(tmp_path):
 
 def test_a_policy_that_is_never_aligned_is_warned_about(monkeypatch):
     monkeypatch.setattr("sb3_boom.checks.GATE_WARNING_STEPS", 30)
-    model = make_model()
+    model = make_model(alignment="release")
     with pytest.warns(UserWarning, match="never aligned"):
         model.learn(60, log_interval=1)
 

@@ -19,13 +19,14 @@ from rl_zoo3.utils import get_wrapper_class
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_boom import BOOM, cli, zoo
+from sb3_boom.core.compilation import eager
 
 ENTRIES = [(path, env_id) for path in map(zoo.hyperparams_file, (False, True)) for env_id in zoo.read_hyperparams(path)]
 PAPER = [
     f"dm_control/{task}-v0" for task in "dog-run dog-stand dog-trot dog-walk humanoid-run humanoid-stand humanoid-walk".split()
 ]
 PAPER += [f"h1hand-{task}-v0" for task in "stand walk run sit_simple slide pole hurdle".split()]
-QUICK = "-params learning_starts:30 pretrain_steps:2 n_envs:1 compile:False batch_size:16".split()
+QUICK = "-params learning_starts:30 pretrain_steps:2 n_envs:1 batch_size:16".split()
 
 zoo.register()
 
@@ -35,6 +36,7 @@ def run(monkeypatch, tmp_path, capsys):
     """:return: function that runs the command in an empty folder and returns exit status, output and errors"""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(argparse.ArgumentParser, "error", argparse.ArgumentParser.error)  # the command changes it
+    monkeypatch.setattr("sb3_boom.policies.choose_compiler", lambda setting, device: eager)
 
     def run_command(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sb3-boom", *arguments])
@@ -56,8 +58,8 @@ def test_entry_makes_a_model_that_trains(path, env_id):
     assert int(entry.pop("n_timesteps")) >= 1000
     env = make_vec_env(env_id, n_envs=entry.pop("n_envs", 1), wrapper_class=get_wrapper_class(entry), seed=0)
     entry.pop("env_wrapper", None)
-    small = dict(entry, learning_starts=8, pretrain_steps=1, batch_size=8, compile=False, seed=0, buffer_size=1000)
-    small["policy_kwargs"] = dict(entry.get("policy_kwargs", {}), model_size="tiny")
+    small = dict(entry, learning_starts=8, pretrain_steps=1, batch_size=8, seed=0, buffer_size=1000)
+    small["policy_kwargs"] = dict(entry.get("policy_kwargs", {}), model_size="tiny", compile=False)
     small["planner_kwargs"] = dict(entry.get("planner_kwargs", {}), **TINY["planner_kwargs"])
     model = BOOM(env=env, **small).learn(12)
     assert model._n_updates > 1
@@ -86,7 +88,7 @@ def test_settings_written_out_are_those_that_follow_by_themselves():
     for env_id in ("dm_control/dog-run-v0", "dm_control/humanoid-run-v0"):
         entry = copy.deepcopy(paper[env_id])
         env = make_vec_env(env_id, wrapper_class=get_wrapper_class(entry))
-        model = BOOM("MlpPolicy", env, compile=False, policy_kwargs=dict(model_size="tiny"), buffer_size=10)
+        model = BOOM("MlpPolicy", env, policy_kwargs=dict(model_size="tiny", compile=False), buffer_size=10)
         for name in ("gamma", "learning_starts", "pretrain_steps", "align_coef"):
             assert getattr(model, name) == pytest.approx(entry[name]), name
         assert model.policy.planner_config.n_iterations == entry["planner_kwargs"]["n_iterations"]
@@ -173,11 +175,12 @@ def test_optimizes_prunes_what_diverges_and_shares_a_journal(run, monkeypatch):
     study = load_study()
     assert len(study.trials) == 3
     settings = zoo.convert_boom_params(study.best_trial.params)
-    BOOM("MlpPolicy", "Pendulum-v1", buffer_size=10, compile=False, **settings)
+    BOOM("MlpPolicy", "Pendulum-v1", buffer_size=10, **settings)
 
 
 def test_lists_environments(run):
-    for arguments, file in (((), "boom.yml"), (("--cpu",), "boom-cpu.yml")):
+    here = "boom.yml" if th.cuda.is_available() else "boom-cpu.yml"
+    for arguments, file in (((), here), (("--paper",), "boom.yml"), (("--cpu",), "boom-cpu.yml")):
         status, output, _ = run("list", *arguments)
         lines = output.splitlines()
         assert status == 0 and file in lines[0]
@@ -193,6 +196,7 @@ def test_lists_environments(run):
         (["train", "--env", "Pendulum-v1", "-params", "planer:1"], "planer"),
         (["train", "--env", "Pendulum-v1", "--conf-file", "no.yml"], "no.yml"),
         (["enjoy", "--env", "Pendulum-v1", "--cpu"], "takes no --cpu"),
+        (["train", "--env", "Pendulum-v1", "--cpu", "--paper"], "choose one"),
         (["enjoy", "--env", "Pendulum-v1"], "not found"),
         (["list", "--frob"], "--frob"),
     ],
@@ -233,7 +237,7 @@ def test_wheel_has_the_hyperparameters(tmp_path):
     root = tmp_path / "source"  # a copy: what an earlier build left in the repository would come into the wheel
     for name in ("sb3_boom", "zoo_hyperparams"):
         shutil.copytree(pathlib.Path(__file__).parents[1] / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(pathlib.Path(__file__).parents[1] / name, root)
     build = [
         sys.executable,

@@ -1,5 +1,6 @@
 """One run of a benchmark, which goes on where it was interrupted, and a grid of them side by side."""
 
+import inspect
 import json
 import os
 import shutil
@@ -46,7 +47,7 @@ def own_variant(entry: dict[str, Any]) -> str:
     :param entry: of a hyperparameter file
     :return: the variant that changes nothing of it: its alignment
     """
-    return entry.get("alignment", "release")
+    return entry.get("alignment", inspect.signature(BOOM).parameters["alignment"].default)
 
 
 def settings_of_a_run(
@@ -236,4 +237,6 @@ def run_grid(
         return status == 0
 
     with ThreadPoolExecutor(jobs) as pool:
-        return sum(not ok for ok in pool.map(start, todo))
+        failed = sum(not ok for ok in pool.map(start, todo))
+    print(f"evaluations: {csv}\nlogs and models: {folder}", flush=True)
+    return failed

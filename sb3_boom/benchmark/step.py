@@ -28,7 +28,7 @@ from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sb3_boom import BOOM, zoo
+from sb3_boom import BOOM
 from sb3_boom.core.compilation import keep_freed_memory, subnormals_flushed
 
 # size: observation and action dimensions. tiny comes with the CPU preset's planner and batch, the others with the paper's
@@ -133,19 +133,19 @@ def make_model(size: str, n_envs: int, compile: bool, device: str, changes: dict
     """
     :param size: a key of :data:`PROBLEMS`
     :param n_envs: number of environments
-    :param compile: as :class:`sb3_boom.BOOM`'s
+    :param compile: as :class:`sb3_boom.policies.BOOMPolicy`'s
     :param device: as :class:`sb3_boom.BOOM`'s
     :param changes: settings that differ from the size's
     :return: an untrained model
     """
-    preset = zoo.entry(zoo.hyperparams_file(cpu=True), "default")
-    settings = {key: preset[key] for key in ("batch_size", "planner_kwargs")} if size == "tiny" else {}
-    settings["policy_kwargs"] = dict(model_size=size)
+    settings: dict[str, Any] = dict(
+        preset="cpu" if size == "tiny" else "paper", policy_kwargs=dict(model_size=size, compile=compile)
+    )
     for name, value in changes.items():
         settings[name] = {**settings.get(name, {}), **value} if isinstance(value, dict) else value
     env = make_vec_env(lambda: RandomEnv(*PROBLEMS[size]), n_envs=n_envs)
     return BOOM(
-        "MlpPolicy", env, learning_starts=1000, pretrain_steps=0, buffer_size=50_000, compile=compile, seed=0, device=device,
+        "MlpPolicy", env, learning_starts=1000, pretrain_steps=0, buffer_size=50_000, seed=0, device=device,
         **settings,
     )  # fmt: skip
 
@@ -261,3 +261,5 @@ def measure_all(args: argparse.Namespace) -> None:
         print(flush=True)
         if args.json:
             args.json.write_text(json.dumps(dict(machine=machine, rows=rows), indent=2) + "\n")
+    if args.json:
+        print(f"wrote {args.json}")

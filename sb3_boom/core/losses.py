@@ -228,7 +228,7 @@ def model_loss(
     value_logits = critic(latents, actions, dropout_mask=noise.value_dropout)
     value = masked_mean(critic.two_hot.cross_entropy(value_logits, targets), valid, weights).mean()
     loss = config.consistency_coef * consistency + config.reward_coef * reward + config.value_coef * value
-    terms = {"consistency_loss": consistency, "reward_loss": reward, "value_loss": value}
+    terms = {"consistency_loss": consistency, "reward_loss": reward, "critic_loss": value}
     if world_model.termination is not None:
         logits = world_model.termination(predicted)
         termination = masked_mean(F.binary_cross_entropy_with_logits(logits, terminations, reduction="none"), valid, weights)
@@ -246,7 +246,7 @@ def termination_scores(terms: dict[str, float]) -> dict[str, float]:
     """
     Turn the counts of terminations into what is logged.
 
-    :param terms: means of :func:`model_loss`'s terms; its counts are taken out
+    :param terms: sums or means of :func:`model_loss`'s terms; its counts are taken out
     :return: ``termination_precision``, the part of the foreseen terminations that were met, and ``termination_recall``,
         the part of the met ones that were foreseen; without those that nothing was counted for
     """
@@ -393,8 +393,8 @@ def policy_loss(
     else:
         align_active = th.full_like(scale, float(config.alignment != "none"))
     terms = {
-        "policy_loss": loss,
-        "policy_value_loss": value_term,
+        "actor_loss": loss,
+        "actor_value_loss": value_term,
         "align_loss": align_term,
         "align_active": align_active,
         "q_scale": scale,
