@@ -397,6 +397,8 @@ class BOOM(OffPolicyAlgorithm):
             print("Compiling losses and planner: up to two minutes the first time, seconds from the cache later")
         self._pretrain(batch_size or self.batch_size)
         self._update(gradient_steps, batch_size or self.batch_size)
+        if self.device.type == "cpu" or self.meters.n_updates >= UPDATES_PER_WAIT:
+            self._record_losses()
 
     def _pretrain(self, batch_size: int) -> None:
         """Update ``pretrain_steps`` times on fresh batches; an interrupted pretraining goes on where it stopped."""
@@ -405,7 +407,7 @@ class BOOM(OffPolicyAlgorithm):
             start = time.perf_counter()
             self._update(chunk, batch_size)
             self.pretrain_updates += chunk
-            self._record_losses()
+            self._record_losses(exclude="stdout")  # a page for every hundred updates would hide the rest
             left = (self.pretrain_steps - self.pretrain_updates) * (time.perf_counter() - start) / chunk
             row = {"update": self.pretrain_updates, "of": self.pretrain_steps, "seconds_left": round(left)}
             for name, value in row.items():
@@ -441,16 +443,18 @@ class BOOM(OffPolicyAlgorithm):
         self._n_updates += gradient_steps
         self.meters.add_seconds("update", time.perf_counter() - start, gradient_steps)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        if self.device.type == "cpu" or self.meters.n_updates >= UPDATES_PER_WAIT:
-            self._record_losses()
 
-    def _record_losses(self) -> None:
-        """Hand the losses to the logger, which shows their means over what it was given; waits for the device."""
+    def _record_losses(self, exclude: str | None = None) -> None:
+        """
+        Hand the losses to the logger, which shows their means over what it was given; waits for the device.
+
+        :param exclude: a format that is not to have them
+        """
         terms = self.meters.take_terms()
         for name, value in terms.items():
-            self.logger.record_mean(f"train/{name}", value)
+            self.logger.record_mean(f"train/{name}", value, exclude)
         for name, value in self.meters.termination_scores().items():
-            self.logger.record(f"train/{name}", value)
+            self.logger.record(f"train/{name}", value, exclude)
         if "alignment" not in self.warned and terms:
             can_be_on = terms["align_active"] > 0.0 or self.alignment == "none"
             if can_be_on or warn_if_never_aligned(self.num_timesteps):

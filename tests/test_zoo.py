@@ -4,10 +4,7 @@ import argparse
 import copy
 import json
 import pathlib
-import shutil
-import subprocess
 import sys
-import zipfile
 
 import gymnasium as gym
 import optuna
@@ -231,28 +228,3 @@ def test_measures_what_a_step_costs(run, tmp_path):
 def test_help_names_every_command(run):
     status, output, _ = run("--help")
     assert status == 0 and all(f"  {command} " in output for command in (*cli.BY_ENTRY, *cli.OTHERS))
-
-
-def test_wheel_has_the_hyperparameters(tmp_path):
-    root = tmp_path / "source"  # a copy: what an earlier build left in the repository would come into the wheel
-    for name in ("sb3_boom", "zoo_hyperparams"):
-        shutil.copytree(pathlib.Path(__file__).parents[1] / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(pathlib.Path(__file__).parents[1] / name, root)
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        str(root),
-    ]
-    subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {f"sb3_boom/zoo_hyperparams/{name}.yml" for name in ("boom", "boom-cpu")} <= set(names)
-    assert "sb3_boom/core/kernels.cpp" in names
