@@ -98,7 +98,7 @@ def test_one_line_says_what_was_chosen_and_how_long_it_takes(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "A step takes" in line]
     assert len(lines) == 1
     assert 'preset "cpu" on cpu: model "tiny", 32 samples x 2 iterations a plan, batches of 16' in lines[0]
-    assert "the remaining 54 steps about" in lines[0]
+    assert "the remaining 55 steps about" in lines[0]
 
 
 def test_a_large_model_on_a_cpu_is_warned_about_with_its_cost(monkeypatch):
@@ -363,7 +363,7 @@ def test_arguments_in_common_with_sac_have_sacs_order_and_default():
 
 
 def test_archive_and_buffer_of_the_first_format_go_on_as_they_were():
-    """Made with defaults of old: the paper's sizes, ``alignment="release"``, ``encoder_lr_scale=0.5`` and ``compile=False``."""
+    """Made with defaults of old (the paper's sizes, alignment "release"), ``encoder_lr_scale=0.5`` and ``compile=False``."""
     loaded = BOOM.load(DATA / "boom-0.1.0.zip", env=gym.make("Pendulum-v1"))
     loaded.load_replay_buffer(DATA / "buffer-0.1.0.pkl")
     assert sizes(loaded) == ("paper", "5M", 16, (512, 64, 24, 6))
