@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 
 from sb3_boom import BOOM, MlpPolicy
 from sb3_boom.core.augmentation import random_shift
-from sb3_boom.policies import PolicyPrior
+from sb3_boom.prior import PolicyPrior
 
 SMALL_IMAGES = dict(TINY, buffer_size=200)
 
