@@ -274,8 +274,8 @@ class BOOM(OffPolicyAlgorithm):
         """What ``load`` was given, or an archive of format 1 holds, beside ``policy_kwargs``."""
         defaults = inspect.signature(BOOMPolicy).parameters
         for name in MOVED_TO_POLICY:
-            value = self.__dict__.pop(name, defaults[name].default)
-            if value != defaults[name].default:
+            value = self.__dict__.pop(name, None)
+            if value is not None and (name in self.policy_kwargs or value != defaults[name].default):
                 self.policy_kwargs = {**self.policy_kwargs, name: value}
         if self.format_version < 2:
             self.preset, self.format_version = "paper", FORMAT_VERSION  # its sizes were the defaults then
@@ -499,9 +499,8 @@ class BOOM(OffPolicyAlgorithm):
         """
         if seconds is None:
             return
-        steps = max(self._total_timesteps - self.num_timesteps, 0)
         if self.verbose >= 1:
-            planner = self.policy.planner_config
+            steps, planner = max(self._total_timesteps - self.num_timesteps, 0), self.policy.planner_config
             print(
                 f'preset "{self.preset}" on {self.device}: model "{self.policy.model_size}", {planner.n_samples} samples '
                 f"x {planner.n_iterations} iterations a plan, batches of {self.batch_size}. A step takes "

@@ -377,11 +377,14 @@ def test_archive_and_buffer_of_the_first_format_go_on_as_they_were():
 
 
 @pytest.mark.parametrize("name", ["compile", "tf32", "encoder_lr_scale"])
-def test_what_changes_no_network_can_be_changed_when_loading(name):
+def test_what_changes_no_network_can_be_changed_when_loading(name, tmp_path):
     value = {"compile": "auto", "tf32": False, "encoder_lr_scale": 0.1}[name]
-    loaded = BOOM.load(DATA / "boom-0.1.0.zip", **{name: value})
-    assert loaded.policy._constructor_kwargs[name] == value
-    assert not hasattr(loaded, name)
+    path = tmp_path / "model.zip"
+    BOOM.load(DATA / "boom-0.1.0.zip").save(path)
+    for archive in (DATA / "boom-0.1.0.zip", path):
+        loaded = BOOM.load(archive, **{name: value})
+        assert loaded.policy._constructor_kwargs[name] == value
+        assert not hasattr(loaded, name)
 
 
 # ---------------------------------------------------------------- memory
