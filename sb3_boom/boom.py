@@ -1,11 +1,13 @@
 """BOOM: collect with the planner, store what it did, learn from it."""
 
+import contextlib
 import dataclasses
 import inspect
 import io
 import pathlib
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -40,6 +42,7 @@ from sb3_boom.core.actor import Actor
 from sb3_boom.core.compilation import allow_tf32, compiled, keep_freed_memory, subnormals_flushed
 from sb3_boom.core.critic import Critic
 from sb3_boom.core.losses import LossConfig
+from sb3_boom.core.optimizers import set_learning_rates
 from sb3_boom.meters import Meters
 from sb3_boom.policies import BOOMPolicy, CnnPolicy, MlpPolicy, MultiInputPolicy, finite_actions
 from sb3_boom.presets import model_size, resolve_auto
@@ -235,6 +238,8 @@ class BOOM(OffPolicyAlgorithm):
         self._planner_mean: th.Tensor | None = None
         self._planned: np.ndarray | None = None
         self._callback: BaseCallback | None = None
+        self._defers_updates = False
+        self._owed: list[tuple[int, int]] = []  # updates that wait for the next plan: their number and batch size
         if _init_setup_model:
             self._setup_model()
 
@@ -323,7 +328,7 @@ class BOOM(OffPolicyAlgorithm):
         :return: the trained model
         """
         keep_freed_memory()
-        with subnormals_flushed(), worker_deaths_named(self.env):
+        with subnormals_flushed(), worker_deaths_named(self.env), self._updates_beside_steps():
             try:
                 return super().learn(
                     int(total_timesteps), callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
@@ -381,6 +386,27 @@ class BOOM(OffPolicyAlgorithm):
             self._enough_data = buffer.size() * self.n_envs >= enough and buffer.can_sample()
         return self._enough_data
 
+    @contextlib.contextmanager
+    def _updates_beside_steps(self) -> Iterator[None]:
+        """
+        On a GPU, launch a rollout's updates when the next plan has been read back: the GPU learns while the environment
+        steps. On a CPU they would only make that plan older.
+        """
+        self._defers_updates = self.device.type == "cuda"
+        try:
+            yield
+            self._catch_up()
+        finally:
+            self._defers_updates = False
+
+    def _catch_up(self) -> None:
+        """Do the updates that are owed."""
+        owed, self._owed = self._owed, []
+        for gradient_steps, batch_size in owed:
+            self._update(gradient_steps, batch_size)
+            if self.device.type == "cpu" or self.meters.n_updates >= UPDATES_PER_WAIT:
+                self._record_losses()
+
     def train(self, gradient_steps: int, batch_size: int | None = None) -> None:
         """
         Update world model, critics and policy, after ``pretrain_steps`` updates the first time. Does nothing while the
@@ -396,9 +422,9 @@ class BOOM(OffPolicyAlgorithm):
         if self._n_updates == 0 and self.verbose >= 1 and self.policy.compiler is compiled:
             print("Compiling losses and planner: up to two minutes the first time, seconds from the cache later")
         self._pretrain(batch_size or self.batch_size)
-        self._update(gradient_steps, batch_size or self.batch_size)
-        if self.device.type == "cpu" or self.meters.n_updates >= UPDATES_PER_WAIT:
-            self._record_losses()
+        self._owed.append((gradient_steps, batch_size or self.batch_size))
+        if not self._defers_updates or self._n_updates == 0:  # nothing is planned before there has been an update
+            self._catch_up()
 
     def _pretrain(self, batch_size: int) -> None:
         """Update ``pretrain_steps`` times on fresh batches; an interrupted pretraining goes on where it stopped."""
@@ -422,9 +448,15 @@ class BOOM(OffPolicyAlgorithm):
         :param batch_size: sub-trajectories per update
         """
         assert self.replay_buffer is not None
-        start = time.perf_counter()
         self.policy.set_training_mode(True)
         self._update_learning_rate([self.policy.model_optimizer, self.policy.actor_optimizer])
+        with self.meters.timing("update", gradient_steps, self.device):
+            self._descend(gradient_steps, batch_size)
+        self._n_updates += gradient_steps
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _descend(self, gradient_steps: int, batch_size: int) -> None:
+        assert self.replay_buffer is not None
         config = self._loss_config()
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
@@ -440,9 +472,6 @@ class BOOM(OffPolicyAlgorithm):
             values, terms = update(self.policy, batch, noise, config, self.max_grad_norm)
             self.replay_buffer.update_values(batch.indices, values, batch.valid, self.policy.q_scale)
             self.meters.add_terms(terms)
-        self._n_updates += gradient_steps
-        self.meters.add_seconds("update", time.perf_counter() - start, gradient_steps)
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def _record_losses(self, exclude: str | None = None) -> None:
         """
@@ -467,12 +496,15 @@ class BOOM(OffPolicyAlgorithm):
         return LossConfig(**settings)
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        # SB3's sets one number for all groups
         scale = self.policy.encoder_lr_scale
         self.policy.model_optimizer.param_groups[0]["lr_scale"] = scale  # loaded parameters have their own
-        super()._update_learning_rate(optimizers)
+        rate = self.lr_schedule(self._current_progress_remaining)
+        self.logger.record("train/learning_rate", rate)
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
-            for group in optimizer.param_groups:
-                group["lr"] *= group["lr_scale"]
+            rates = [rate * group["lr_scale"] for group in optimizer.param_groups]
+            if set_learning_rates(optimizer, rates, self.device):
+                self.policy.forget_graphs()
 
     # -------------------------------------------------------------------- collect
 
@@ -484,9 +516,9 @@ class BOOM(OffPolicyAlgorithm):
             scaled = self.policy.from_action_space(np.array([self.action_space.sample() for _ in range(n_envs)]))
         else:
             self._tell_pace(self.pace.step())
-            start = time.perf_counter()
-            scaled = self._plan(n_envs)
-            self.meters.add_seconds("plan", time.perf_counter() - start, 1)
+            with self.meters.timing("plan", 1, self.device):
+                scaled = self._plan(n_envs)
+        self._catch_up()
         if action_noise is not None:
             scaled = np.clip(scaled + np.asarray(action_noise()).reshape(-1, scaled.shape[1]), -1.0, 1.0)
         return self.policy.to_action_space(scaled), scaled
@@ -524,11 +556,10 @@ class BOOM(OffPolicyAlgorithm):
         """
         assert self._last_obs is not None and self._last_episode_starts is not None
         self.policy.set_training_mode(False)
-        obs, _ = self.policy.obs_to_tensor(self._last_obs)  # type: ignore[arg-type]
+        obs, starts = self.policy.observations_and_starts(self._last_obs, self._last_episode_starts)  # type: ignore[arg-type]
         mean = self._planner_mean
         if mean is None or len(mean) != n_envs:
             mean = self.policy.initial_mean(n_envs)
-        starts = th.as_tensor(self._last_episode_starts, dtype=th.bool, device=mean.device)
         plan = self.policy.plan(obs, mean.masked_fill(starts.view(-1, 1, 1), 0.0))
         self._planner_mean = plan.mean
         planned = finite_actions(th.cat([plan.exploratory_action, plan.planner_action, plan.planner_std], dim=1))
@@ -581,8 +612,16 @@ class BOOM(OffPolicyAlgorithm):
     # ---------------------------------------------------------------- save, load
 
     def _excluded_save_params(self) -> list[str]:
-        ours = ("actor", "critic", "critic_target", "meters", "pace", "_enough_data", "_planner_mean", "_planned", "_callback")
+        ours = (
+            "actor", "critic", "critic_target", "meters", "pace", "_enough_data", "_planner_mean", "_planned", "_callback",
+            "_defers_updates", "_owed",
+        )  # fmt: skip
         return [*super()._excluded_save_params(), *ours]
+
+    def get_parameters(self) -> dict[str, dict]:
+        """:return: state dicts by name, after the updates that are owed"""
+        self._catch_up()
+        return super().get_parameters()
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.model_optimizer", "policy.actor_optimizer"], []

@@ -10,6 +10,7 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_boom.core.losses import WARMUP_STD
+from sb3_boom.core.transfer import send
 
 try:
     import psutil
@@ -136,6 +137,9 @@ class WeightedReplayBuffer(ReplayBuffer):
         self._episodes: Episodes | None = None  # None: to be found anew
         self._n_overwritten = 0  # rows since they were found
         self._warn_if_too_large()
+        self._slots = np.empty((0, self.n_envs), dtype=np.int32)  # final_slot, where the host reads it
+        # VecNormalize's means and variances, and both where the data lies
+        self._statistics: dict[str, tuple[np.ndarray, np.ndarray, th.Tensor]] = {}
 
     # ------------------------------------------------------------------ storing
 
@@ -166,11 +170,10 @@ class WeightedReplayBuffer(ReplayBuffer):
         if not self._storage:
             self._allocate(next_rows)
         done = np.asarray(done, dtype=bool).reshape(self.n_envs)
-        self._link_to_previous(obs_rows)
-
         pos = self.pos
+        arrays = self._link_to_previous(obs_rows)
         if self.full:
-            self._free(self._storage["final_slot"][pos].cpu().numpy())
+            self._free(self._slots[pos])
             self._n_overwritten += 1
         slots = np.arange(self.n_envs, dtype=np.int32)  # the newest row's next observation has its environment's own slot
         ended = done.nonzero()[0]
@@ -186,11 +189,9 @@ class WeightedReplayBuffer(ReplayBuffer):
         for i in ended.tolist():
             steps[i, -1] = not infos[i].get("TimeLimit.truncated", False)
 
-        self._write("steps", pos, steps)
-        self._write("final_slot", pos, slots)
-        for key, rows in obs_rows.items():
-            self._write(f"obs/{key}", pos, rows)
-            _assign(self._final_observations[key], slots, next_rows[key])
+        arrays |= {"steps": steps, "slots": slots, **{f"obs/{key}": rows for key, rows in obs_rows.items()}}
+        self._slots[pos] = slots
+        self._store(pos, arrays, slots, next_rows)
         if self.value_temperature is not None:
             self._storage["values"][pos] = self._mean_value()
         self._last_next_obs, self._last_slots, self._episode_open = next_rows, slots, ~done
@@ -198,6 +199,31 @@ class WeightedReplayBuffer(ReplayBuffer):
         self.pos += 1
         if self.pos == self.buffer_size:
             self.full, self.pos = True, 0
+
+    def _store(self, pos: int, arrays: dict[str, np.ndarray], slots: np.ndarray, finals: dict[str, np.ndarray]) -> None:
+        """
+        :param pos: row to write
+        :param arrays: what to write there, by name, and what to write into the row before it
+        :param slots: places of the next observations ``[n_envs]``
+        :param finals: the next observations ``[n_envs, ...]``
+        """
+        device = self._storage["steps"].device
+        if device.type == "cpu":  # numpy is quicker for a row
+            for name, array in arrays.items():
+                if not name.endswith("slots"):  # written already: the host's are the storage's own
+                    self._storage[name].numpy()[pos] = array
+            for key, rows in finals.items():
+                self._final_observations[key].numpy()[slots] = rows
+            return
+        wanted = {**arrays, "places": slots.astype(np.int64), **{f"final/{key}": rows for key, rows in finals.items()}}
+        sent = send(wanted, device)
+        for name in arrays:
+            if name.endswith("slots"):
+                self._storage["final_slot"][pos if name == "slots" else pos - 1].copy_(sent[name])
+            else:
+                self._storage[name][pos].copy_(sent[name])
+        for key, stored in self._final_observations.items():
+            stored.index_copy_(0, sent["places"], sent[f"final/{key}"])
 
     def _as_rows(self, obs: np.ndarray | dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """
@@ -239,6 +265,12 @@ class WeightedReplayBuffer(ReplayBuffer):
             self._storage[f"obs/{key}"] = _zeros((*shape, *like.shape[1:]), like.dtype, device)
             self._final_observations[key] = _zeros((n_finals, *like.shape[1:]), like.dtype, device)
         self._free_slots = np.arange(n_finals - 1, self.n_envs - 1, -1, dtype=np.int32)
+        self._mirror_slots()
+
+    def _mirror_slots(self) -> None:
+        """Keep ``final_slot`` where the host reads it without waiting; on a CPU that is the storage itself."""
+        if self._storage:
+            self._slots = self._storage["final_slot"].cpu().numpy()
 
     def _full_bytes(self, observation_bytes: int) -> int:
         """
@@ -270,13 +302,14 @@ class WeightedReplayBuffer(ReplayBuffer):
             return th.device("cpu")
         return self.device
 
-    def _write(self, name: str, pos: int, rows: np.ndarray) -> None:
-        _assign(self._storage[name], pos, rows)
+    def _link_to_previous(self, obs_rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """
+        Join the last transition of every environment to the one about to be stored, or close its episode.
 
-    def _link_to_previous(self, obs_rows: dict[str, np.ndarray]) -> None:
-        """Join the last transition of every environment to the one about to be stored, or close its episode."""
+        :return: the last transitions' new ``final_slot`` ``[n_envs]`` as "last_slots", nothing if there are none
+        """
         if not self._episode_open.any():
-            return
+            return {}
         continues = self._episode_open.copy()
         for key, rows in obs_rows.items():
             continues &= (rows == self._last_next_obs[key]).reshape(self.n_envs, -1).all(axis=1)
@@ -285,9 +318,12 @@ class WeightedReplayBuffer(ReplayBuffer):
         closed = (self._episode_open ^ continues).nonzero()[0]
         if len(closed):
             last_slots[closed] = self._take_slots(len(closed))
+            places = dict(to=last_slots[closed].astype(np.int64), own=closed)
+            at = send(places, self._storage["steps"].device)
             for finals in self._final_observations.values():
-                finals[th.from_numpy(last_slots[closed].astype(np.int64))] = finals[th.from_numpy(closed)]
-        self._write("final_slot", self.pos - 1, last_slots)
+                finals[at["to"]] = finals[at["own"]]
+        self._slots[self.pos - 1] = last_slots
+        return {"last_slots": last_slots}
 
     def _take_slots(self, n: int) -> np.ndarray:
         """Reserve ``n`` places for the final observations of ended episodes, growing the store where these are short."""
@@ -355,8 +391,10 @@ class WeightedReplayBuffer(ReplayBuffer):
 
     def _to_device(self, x: TensorObs) -> Any:
         if isinstance(x, dict):
-            return {key: value.to(self.device) for key, value in x.items()}
-        return x.to(self.device)
+            return {key: self._to_device(value) for key, value in x.items()}
+        if self.device.type != "cuda":
+            return x.to(self.device)
+        return x.pin_memory().to(self.device, non_blocking=True)
 
     def _draw(self, batch_size: int) -> tuple[th.Tensor, th.Tensor]:
         """First rows and environments of windows, ``[B]`` each; uniform, or half of them by value."""
@@ -376,7 +414,7 @@ class WeightedReplayBuffer(ReplayBuffer):
         return self.sampling == "uniform" or (self.size() > 0 and len(self._finished_episodes().begin) > 0)
 
     def _finished_episodes(self) -> Episodes:
-        """Those to draw from; looked for, which waits for the device, only when they may be others than the last time."""
+        """Those to draw from; looked for only when they may be others than the last time."""
         known = self._episodes
         if known is None or known.horizon != self.horizon or self._n_overwritten > known.lasts:
             known = self._find_finished_episodes()
@@ -386,15 +424,15 @@ class WeightedReplayBuffer(ReplayBuffer):
 
     def _find_finished_episodes(self) -> Episodes:
         first = self.pos if self.full else 0  # the oldest row
-        slots = self._storage["final_slot"].roll(-first, 0)[: self.size()].t()  # [n_envs, size], oldest first
-        env_index, end = (slots >= self.n_envs).nonzero(as_tuple=True)
-        previous_end = th.cat([end.new_full((1,), -1), end[:-1]])
-        new_env = th.cat([env_index.new_full((1,), -1), env_index[:-1]]) != env_index
-        begin = th.where(new_env, 0, previous_end + 1)
+        slots = np.roll(self._slots, -first, axis=0)[: self.size()].T  # [n_envs, size], oldest first
+        env_index, end = (slots >= self.n_envs).nonzero()
+        previous_end = np.concatenate([[-1], end[:-1]])
+        new_env = np.concatenate([[-1], env_index[:-1]]) != env_index
+        begin = np.where(new_env, 0, previous_end + 1)
         long_enough = end - begin + 1 > self.horizon
-        begin, end, env_index = begin[long_enough], end[long_enough], env_index[long_enough]
-        lasts = int(end.min()) - self.horizon if len(end) else self.buffer_size
-        return Episodes(begin, end, env_index, self.horizon, lasts)
+        found = dict(begin=begin[long_enough], end=end[long_enough], env_index=env_index[long_enough])
+        lasts = int(found["end"].min()) - self.horizon if long_enough.any() else self.buffer_size
+        return Episodes(**send(found, self._storage["steps"].device), horizon=self.horizon, lasts=lasts)
 
     def _draw_by_episode(self, batch_size: int) -> tuple[th.Tensor, th.Tensor]:
         """First rows and environments of windows inside uniformly drawn finished episodes, ``[B]`` each."""
@@ -423,17 +461,20 @@ class WeightedReplayBuffer(ReplayBuffer):
         th.where(kept_apart, finals, obs[1:], out=obs[1:])
         return obs
 
-    @staticmethod
-    def _normalize(obs: dict[str, th.Tensor], rewards: th.Tensor, env: VecNormalize) -> tuple[dict[str, th.Tensor], th.Tensor]:
+    def _normalize(
+        self, obs: dict[str, th.Tensor], rewards: th.Tensor, env: VecNormalize
+    ) -> tuple[dict[str, th.Tensor], th.Tensor]:
         """VecNormalize's arithmetic, where the data lies."""
         if env.norm_obs:
             obs = dict(obs)
             for key in env.norm_obs_keys or [""]:
                 rms = env.obs_rms[key] if isinstance(env.obs_rms, dict) else env.obs_rms
-                mean, std = (
-                    th.as_tensor(x, dtype=th.float32, device=obs[key].device)
-                    for x in (rms.mean, np.sqrt(rms.var + env.epsilon))
-                )
+                known = self._statistics.get(key)
+                if known is None or known[0] is not rms.mean or known[1] is not rms.var:
+                    mean_and_std = np.stack([rms.mean, np.sqrt(rms.var + env.epsilon)]).astype(np.float32)
+                    known = (rms.mean, rms.var, send({"": mean_and_std}, obs[key].device)[""])
+                    self._statistics[key] = known
+                mean, std = known[2]
                 obs[key] = ((obs[key] - mean) / std).clamp(-env.clip_obs, env.clip_obs)
         if env.norm_reward:
             rewards = (rewards / float(np.sqrt(env.ret_rms.var + env.epsilon))).clamp(-env.clip_reward, env.clip_reward)
@@ -467,7 +508,7 @@ class WeightedReplayBuffer(ReplayBuffer):
     def reset(self) -> None:
         """Forget everything stored."""
         super().reset()
-        self._storage, self._final_observations, self._last_next_obs = {}, {}, {}
+        self._storage, self._final_observations, self._last_next_obs, self._statistics = {}, {}, {}, {}
         self._episode_open = np.zeros(self.n_envs, dtype=bool)
         self._episodes = None
 
@@ -498,9 +539,10 @@ class WeightedReplayBuffer(ReplayBuffer):
         for name in ("_storage", "_final_observations"):
             setattr(self, name, {key: tensor.to(device) for key, tensor in getattr(self, name).items()})
         self._episodes = None
+        self._mirror_slots()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__, _episodes=None)
+        state = dict(self.__dict__, _episodes=None, _statistics={}, _slots=None)
         for name in ("_storage", "_final_observations"):
             state[name] = {key: tensor.cpu().numpy() for key, tensor in state[name].items()}
         return state
@@ -511,6 +553,9 @@ class WeightedReplayBuffer(ReplayBuffer):
             setattr(
                 self, name, {key: th.from_numpy(np.require(array, requirements="W")) for key, array in state[name].items()}
             )
+        self._statistics = {}  # of a buffer of an earlier version too
+        self._slots = np.empty((0, self.n_envs), dtype=np.int32)
+        self._mirror_slots()
 
 
 def _zeros(shape: tuple[int, ...], dtype: th.dtype, device: th.device) -> th.Tensor:
@@ -523,12 +568,3 @@ def _zeros(shape: tuple[int, ...], dtype: th.dtype, device: th.device) -> th.Ten
 def _take(stored: th.Tensor, indices: th.Tensor) -> th.Tensor:
     """``stored[indices]``; on a CPU, index_select copies a row at once, where indexing copies number by number."""
     return stored.index_select(0, indices.flatten()).unflatten(0, indices.shape)
-
-
-def _assign(stored: th.Tensor, index: int | np.ndarray, rows: np.ndarray) -> None:
-    """``stored[index] = rows``, on a CPU through numpy, which is quicker for a row."""
-    if stored.device.type == "cpu":
-        stored.numpy()[index] = rows
-    else:
-        at = index if isinstance(index, int) else th.as_tensor(index, device=stored.device)
-        stored[at] = th.from_numpy(rows).to(stored.device)

@@ -1,7 +1,14 @@
 """What is measured between two logs."""
 
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
 import torch as th
 
+from sb3_boom.core.graphs import WARM_UP_CALLS
 from sb3_boom.core.losses import termination_scores
 
 
@@ -11,9 +18,13 @@ class Meters:
     def __init__(self) -> None:
         self._terms: dict[str, th.Tensor] = {}
         self._seconds: dict[str, tuple[float, int]] = {}
-        self._started: set[str] = set()
         self._counts: dict[str, float] = {}
         self.n_updates = 0  # since the losses were last taken
+        self._started: dict[str, int] = {}
+        self._pending: deque[tuple[str, int, th.cuda.Event, th.cuda.Event]] = deque()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__, _pending=deque())  # a GPU's events can't be copied
 
     def add_terms(self, terms: dict[str, th.Tensor]) -> None:
         """
@@ -53,24 +64,57 @@ class Meters:
         """Count precision and recall of terminations anew."""
         self._counts = {}
 
-    def add_seconds(self, name: str, seconds: float, count: int) -> None:
+    @contextlib.contextmanager
+    def timing(self, name: str, count: int, device: th.device) -> Iterator[None]:
         """
-        Count a duration, except the first of its kind, which may include compiling.
+        Measure what is done meanwhile: on a GPU the work, not its launch, and nobody waits for it.
+
+        :param name: what takes the time
+        :param count: how many of it are done
+        :param device: where
+        """
+        if device.type != "cuda":
+            start = time.perf_counter()
+            yield
+            self.add_seconds(name, time.perf_counter() - start, count)
+            return
+        begin, end = th.cuda.Event(enable_timing=True), th.cuda.Event(enable_timing=True)
+        begin.record()
+        yield
+        end.record()
+        self._pending.append((name, count, begin, end))
+        self._count_finished()
+
+    def _count_finished(self) -> None:
+        """Count what the GPU has finished."""
+        while self._pending and self._pending[0][-1].query():
+            name, count, begin, end = self._pending.popleft()
+            # a graph is warmed up and captured first
+            self.add_seconds(name, begin.elapsed_time(end) / 1000.0, count, n_first=WARM_UP_CALLS + 1)
+
+    def add_seconds(self, name: str, seconds: float, count: int, n_first: int = 1) -> None:
+        """
+        Count a duration, but for the first ones of its kind, which may include compiling.
 
         :param name: what took the time
         :param seconds: how long
         :param count: how many of it were done meanwhile
+        :param n_first: how many to leave out
         """
-        if name not in self._started:
-            self._started.add(name)
+        started = self._started.get(name, 0)
+        if started < n_first:
+            self._started[name] = started + count
             return
         total, n = self._seconds.get(name, (0.0, 0))
         self._seconds[name] = (total + seconds, n + count)
 
     def milliseconds(self) -> dict[str, float]:
         """
-        :return: mean durations so far, by name
+        :return: mean durations so far, by name; waits for what a GPU has still to do
         """
+        if self._pending:
+            self._pending[-1][-1].synchronize()
+            self._count_finished()
         return {name: 1000.0 * total / n for name, (total, n) in self._seconds.items()}
 
     def take_milliseconds(self) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -17,10 +17,12 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from sb3_boom.core import planner
 from sb3_boom.core.actor import Actor
 from sb3_boom.core.augmentation import random_shift
-from sb3_boom.core.compilation import choose_compiler
+from sb3_boom.core.compilation import choose_compiler, compiled
 from sb3_boom.core.critic import Critic, draw_pairs
-from sb3_boom.core.planner import Plan, make_config
+from sb3_boom.core.graphs import Graphed, captures_on, warn_without_graph
+from sb3_boom.core.planner import Plan, PlannerConfig, PlannerNoise, make_config
 from sb3_boom.core.torch_layers import set_mode
+from sb3_boom.core.transfer import send
 from sb3_boom.core.world_model import WorldModel
 
 # name: (enc_dim, mlp_dim, latent_dim, n_critics, n_enc_layers); all but "tiny" are TD-MPC2's
@@ -84,6 +86,7 @@ class BOOMPolicy(BasePolicy):
     default_features_extractor: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
     q_scale: th.Tensor
     terminations_seen: th.Tensor
+    capture = True  # False: on a GPU too, launch plan and update kernel by kernel
 
     def __init__(
         self,
@@ -172,6 +175,9 @@ class BOOMPolicy(BasePolicy):
         self.dropout = dropout
         self.image_shift = image_shift
         self.compile_setting = compile
+        self._graphs: dict[str, Graphed] = {}
+        self._hooks: list[dict] | None = None
+        self._explained: set[str] = set()
         self.encoder_lr_scale = encoder_lr_scale
         self.planner_config = make_config(planner, planner_kwargs, self.action_dim, horizon, gamma)
         self.features_extractor = self.make_features_extractor()
@@ -225,6 +231,54 @@ class BOOMPolicy(BasePolicy):
         """Turns a function into its compiled self, or returns it as it is, by the ``compile`` setting."""
         return choose_compiler(self.compile_setting, self.device)
 
+    # -------------------------------------------------------------- CUDA graphs
+
+    def may_capture(self) -> bool:
+        """Whether plan and update become CUDA graphs: on a GPU, compiled, and without forward hooks, which none calls."""
+        if not (self.capture and captures_on(self.device) and self.compiler is compiled):
+            return False
+        if self._hooks is None:
+            self._hooks = [
+                hooks
+                for module in self.modules()
+                for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+            ]
+        if any(self._hooks):
+            self.explain_once("plan and update", "a forward hook, which a graph does not call")
+            return False
+        return True
+
+    def explain_once(self, what: str, reason: str) -> None:
+        """
+        :param what: is not captured
+        :param reason: why
+        """
+        if what not in self._explained:
+            self._explained.add(what)
+            warn_without_graph(what, reason)
+
+    def run_captured(self, function: Callable, name: str, *arguments: Any, given: Hashable = None) -> Any:
+        """
+        :param function: of tensors and constants, at the module's level
+        :param name: what a warning calls it
+        :param arguments: its own
+        :param given: see :class:`~sb3_boom.core.graphs.Graphed`
+        :return: its result, from a CUDA graph if there is one; the next call overwrites it then
+        """
+        if name not in self._graphs:
+            self._graphs[name] = Graphed(function, name)
+        return self._graphs[name](*arguments, given=given)
+
+    def forget_graphs(self) -> None:
+        """Drop all CUDA graphs; to be called after a layer or a parameter has been replaced, which none notices."""
+        self._hooks = None
+        for graphed in self._graphs.values():
+            graphed.forget()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "BOOMPolicy":
+        self.forget_graphs()  # parameters move
+        return super()._apply(fn, recurse)
+
     def train(self, mode: bool = True) -> "BOOMPolicy":
         """
         Set the mode. It changes twice a step, so layers that have none are passed over (:func:`set_mode`).
@@ -272,19 +326,32 @@ class BOOMPolicy(BasePolicy):
         :return: the plan
         """
         with th.no_grad():
-            z = self.world_model.encode(self.features(obs))
-            noise = self._deterministic_noise(obs) if deterministic else self._noise(len(z))
-            # one graph, all iterations: a call of a compiled function costs as much as a small product
-            return self.compiler(planner.plan)(
-                self.world_model,
-                self.actor,
-                self.critic,
-                self.planner_config,
-                z,
-                previous_mean.contiguous(),  # a graph is for one layout, and plans' own means are transposed
-                noise,
-                self.terminations_seen,
-            )
+            features = self.features(obs)
+            noise = self._deterministic_noise(obs) if deterministic else self._noise(len(features))
+            # a graph is for one layout, and plans' own means are transposed
+            arguments = (self, self.planner_config, features, previous_mean.contiguous(), noise)
+            if not self.may_capture():
+                return encode_and_plan(*arguments)
+            # the next plan, maybe an evaluation's, overwrites this one's
+            return Plan(*(tensor.clone() for tensor in self.run_captured(encode_and_plan, "plan", *arguments)))
+
+    def observations_and_starts(
+        self, obs: np.ndarray | dict[str, np.ndarray], starts: np.ndarray
+    ) -> tuple[PyTorchObs, th.Tensor]:
+        """
+        Bring what a plan starts from to the policy's device, in one transfer that nobody waits for.
+
+        :param obs: observations of a VecEnv ``[E, ...]``
+        :param starts: bool, where an episode starts ``[E]``
+        :return: the same as tensors
+        """
+        if self.device.type != "cuda":
+            return self.obs_to_tensor(obs)[0], th.as_tensor(starts, dtype=th.bool)
+        by_key = obs if isinstance(obs, dict) else {"": obs}
+        sent = send({**{f"obs/{key}": np.asarray(value) for key, value in by_key.items()}, "starts": starts}, self.device)
+        starts_tensor = sent.pop("starts")
+        tensors = {key.removeprefix("obs/"): value for key, value in sent.items()}
+        return (tensors if isinstance(obs, dict) else tensors[""]), starts_tensor
 
     def _noise(self, n_envs: int, generator: th.Generator | None = None) -> planner.PlannerNoise:
         return planner.draw_noise(self.planner_config, n_envs, self.action_dim, self.critic.n_critics, self.device, generator)
@@ -412,6 +479,30 @@ class BOOMPolicy(BasePolicy):
             features_extractor_kwargs=self.features_extractor_kwargs,
         )
         return data
+
+
+def encode_and_plan(
+    policy: BOOMPolicy, config: PlannerConfig, features: th.Tensor, previous_mean: th.Tensor, noise: PlannerNoise
+) -> Plan:
+    """
+    :param policy: the networks
+    :param config: the planner's settings
+    :param features: of the observations, ``[E, F]``
+    :param previous_mean: warm start ``[E, H, A]``
+    :param noise: all of the plan's randomness
+    :return: the plan
+    """
+    # one graph, all iterations: a call of a compiled function costs as much as a small product
+    return policy.compiler(planner.plan)(
+        policy.world_model,
+        policy.actor,
+        policy.critic,
+        config,
+        policy.world_model.encode(features),
+        previous_mean,
+        noise,
+        policy.terminations_seen,
+    )
 
 
 def finite_actions(actions: th.Tensor) -> np.ndarray:

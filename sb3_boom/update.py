@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch as th
+from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 
 from sb3_boom.buffers import SubTrajectories
 from sb3_boom.core import losses
@@ -11,6 +12,7 @@ from sb3_boom.core.actor import Actor
 from sb3_boom.core.compilation import eager
 from sb3_boom.core.critic import Critic
 from sb3_boom.core.losses import LossConfig, UpdateNoise
+from sb3_boom.core.optimizers import CAPTURABLE, is_capturable
 from sb3_boom.core.world_model import WorldModel
 from sb3_boom.policies import BOOMPolicy
 
@@ -30,12 +32,72 @@ def update(
     :param max_grad_norm: bound of either optimizer's gradient
     :return: Q-values of the batch's steps ``[H, B, 1]``; the terms to log by their name
     """
+    features, next_features = encode_observations(policy, batch.observations)
+    tensors = (features, next_features, *batch[1:7], noise)
+    optimizers = (policy.model_optimizer, policy.actor_optimizer)
+    trained_parameters = bytes(parameter.requires_grad for optimizer in optimizers for parameter in parameters_of(optimizer))
+    if not (policy.may_capture() and may_capture_update(policy, features.requires_grad)):
+        return learn(policy, config, max_grad_norm, *tensors)
+    return policy.run_captured(learn, "update", policy, config, max_grad_norm, *tensors, given=trained_parameters)
+
+
+def may_capture_update(policy: BOOMPolicy, features_are_trained: bool) -> bool:
+    """
+    :param policy: the networks and their optimizers
+    :param features_are_trained: whether the features extractor has parameters
+    :return: whether an update can be one CUDA graph; where a user's own choice bars it, a warning has told so once
+    """
+    reason = None
+    for optimizer in (policy.model_optimizer, policy.actor_optimizer):
+        if type(optimizer) not in CAPTURABLE:
+            reason = f"optimizer_class={type(optimizer).__name__}: Adam and AdamW alone can be captured"
+        elif optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or has_gradient_hooks(optimizer):
+            reason = "a hook on an optimizer or a gradient, which a graph does not call"
+        elif not is_capturable(optimizer):
+            return False  # loaded just now, and not yet met by set_learning_rates
+    if features_are_trained and type(policy.features_extractor) not in (NatureCNN, CombinedExtractor):
+        reason = "a features extractor of your own, which may do anything"
+    if reason is not None:
+        policy.explain_once("update", reason)
+    return reason is None and not features_are_trained
+
+
+def learn(
+    policy: BOOMPolicy,
+    config: LossConfig,
+    max_grad_norm: float,
+    features: th.Tensor,
+    next_features: th.Tensor,
+    actions: th.Tensor,
+    planner_actions: th.Tensor,
+    planner_stds: th.Tensor,
+    rewards: th.Tensor,
+    terminations: th.Tensor,
+    valid: th.Tensor,
+    noise: UpdateNoise,
+) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+    """
+    The update proper: no random numbers, nothing that waits for the device, no number of the host but constants.
+
+    :param policy: the networks and their optimizers
+    :param config: coefficients
+    :param max_grad_norm: bound of either optimizer's gradient
+    :param features: of the first observations, ``[B, F]``
+    :param next_features: of the following ones, ``[H, B, F]``
+    :param actions: as all that follow, see :class:`~sb3_boom.buffers.SubTrajectories`
+    :param planner_actions: ``a_β``
+    :param planner_stds: ``σ_β``
+    :param rewards: of the steps
+    :param terminations: of the steps
+    :param valid: of the steps
+    :param noise: all of the update's randomness
+    :return: as :func:`update`
+    """
     compiler = policy.compiler
     for optimizer in (policy.model_optimizer, policy.actor_optimizer):
         optimizer.zero_grad()
-        if any(parameter._backward_hooks for parameter in parameters_of(optimizer)):
+        if has_gradient_hooks(optimizer):
             compiler = eager  # a user's hook on a parameter's gradient is not called in a compiled graph
-    features, next_features = encode_observations(policy, batch.observations)
 
     # World model and critics: predict latents, rewards, terminations and values along the latent rollout
     gradients, latents, model_terms = compiler(model_gradients)(
@@ -46,10 +108,10 @@ def update(
         config,
         features.detach().requires_grad_(features.requires_grad),
         next_features,
-        batch.actions,
-        batch.rewards,
-        batch.terminations,
-        batch.valid,
+        actions,
+        rewards,
+        terminations,
+        valid,
         noise,
     )
     if features.requires_grad:
@@ -63,9 +125,9 @@ def update(
         policy.critic,
         config,
         latents,
-        batch.planner_actions,
-        batch.planner_stds,
-        batch.valid,
+        planner_actions,
+        planner_stds,
+        valid,
         policy.q_scale,
         noise,
     )
@@ -73,7 +135,7 @@ def update(
 
     with th.no_grad():
         policy.q_scale.copy_(q_scale)
-        th.maximum(policy.terminations_seen, batch.terminations.amax(), out=policy.terminations_seen)
+        th.maximum(policy.terminations_seen, terminations.amax(), out=policy.terminations_seen)
         # the target critics follow: SB3's polyak_update, in one call
         th._foreach_lerp_(list(policy.critic_target.parameters()), list(policy.critic.parameters()), config.tau)
     return values, {**model_terms, **policy_terms, "grad_norm": grad_norm, "policy_grad_norm": policy_grad_norm}
@@ -171,6 +233,14 @@ def descend(
     norm = th.nn.utils.clip_grad_norm_(parameters_of(optimizer), max_grad_norm)
     optimizer.step()
     return norm
+
+
+def has_gradient_hooks(optimizer: th.optim.Optimizer) -> bool:
+    """
+    :param optimizer: any
+    :return: whether a user has registered a hook on a parameter's gradient
+    """
+    return any(parameter._backward_hooks for parameter in parameters_of(optimizer))
 
 
 def parameters_of(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
