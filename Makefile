@@ -5,7 +5,7 @@ ENV ?= Pendulum-v1
 SEED ?= 0
 SOURCES := sb3_boom tests scripts
 
-.PHONY: train test slow lint type format evidence clean
+.PHONY: train test slow lint type format evidence gpu clean
 
 .venv/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
@@ -59,6 +59,12 @@ evidence: .venv/.installed
 	$(BIN)/sb3-boom benchmark report $(EVIDENCE)/dmc6.csv --out $(EVIDENCE)/results.md
 	$(BIN)/sb3-boom benchmark report $(EVIDENCE)/dmc6.csv $(EVIDENCE)/ablation.csv --tasks $(ABLATED) --until 20000 \
 		--out $(EVIDENCE)/ablation.md
+
+# What a step costs on a GPU, and whether CUDA graphs change a number: OUT/gpu.json, in four minutes. Takes the Python that has
+# torch with CUDA, and what else the package needs, as it is
+OUT ?= logs/gpu
+gpu:
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py --out $(OUT)
 
 clean:
 	rm -rf .venv logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

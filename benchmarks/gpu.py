@@ -1,7 +1,7 @@
 """
 What a step costs on a GPU, and whether CUDA graphs change a number: `make gpu OUT=folder`.
 
-    python benchmarks/gpu.py --out folder [--seconds 230] [--parts 5M-1 smoke]
+    python benchmarks/gpu.py --out folder [--seconds 230] [--parts 5M-1 smoke-tiny]
 
 Every part is a process of its own, so that all compile at the same time and one failure leaves the others alone. Who has
 compiled asks to measure; the others are stopped meanwhile. `gpu.json` is written anew after each part, with what failed.
@@ -9,7 +9,6 @@ compiled asks to measure; the others are stopped meanwhile. `gpu.json` is writte
 
 import argparse
 import contextlib
-import copy
 import json
 import os
 import pathlib
@@ -29,12 +28,13 @@ from typing import Any
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 # by importance; a size, and the environments planned for at once
 PARTS = [
-    "5M-1", "smoke-preset", "tests", "5M-16", "smoke-5M", "5M-8", "tiny-1", "1M-1", "tiny-16", "1M-16", "tiny-8", "1M-8",
+    "5M-1", "smoke-tiny", "tests", "5M-16", "smoke-5M", "5M-8", "tiny-1", "1M-1", "tiny-16", "1M-16", "tiny-8", "1M-8",
 ]  # fmt: skip
 N_FIRST_CLASS = 4  # parts that compile before the others
+DEVICE = os.environ.get("SB3_BOOM_DEVICE", "cuda")  # "cpu" to rehearse
 CALLS = 100
 LOOP_STEPS = 300
-SMOKE_STEPS = {"preset": 300, "5M": 300}
+SMOKE_STEPS = 300
 GOALS = {"plan_ms": 2.0, "update_ms": 2.0, "plan_16_by_1": 4.0, "loop_ms": 0.5}
 
 
@@ -83,6 +83,14 @@ class Part:
             print("DONE", flush=True)
 
 
+def wait_for_gpu() -> None:
+    """Until all that was launched is done."""
+    import torch as th
+
+    if DEVICE == "cuda":
+        th.cuda.synchronize()
+
+
 def milliseconds(function: Callable[[], object], n: int) -> tuple[float, float]:
     """
     :param function: works on the GPU
@@ -90,15 +98,14 @@ def milliseconds(function: Callable[[], object], n: int) -> tuple[float, float]:
     :return: medians until the work is done, and until it is launched
     """
     import numpy as np
-    import torch as th
 
     times = []
     for _ in range(n):
-        th.cuda.synchronize()
+        wait_for_gpu()
         start = time.perf_counter()
         function()
         launched = time.perf_counter()
-        th.cuda.synchronize()
+        wait_for_gpu()
         times.append((time.perf_counter() - start, launched - start))
     done, launched = 1e3 * np.median(times, axis=0)
     return float(done), float(launched)
@@ -158,12 +165,12 @@ def differences(model: Any, obs: Any, mean: Any, updates: bool) -> dict[str, flo
     return found
 
 
-def cpu_preset() -> dict[str, Any]:
-    """:return: the settings of the preset for a CPU that cost time"""
-    import yaml
-
-    entry = yaml.safe_load((REPOSITORY / "zoo_hyperparams" / "boom-cpu.yml").read_text())["default"]
-    return {key: entry[key] for key in ("batch_size", "planner_kwargs", "policy_kwargs") if key in entry}
+def settings(size: str) -> dict[str, Any]:
+    """
+    :param size: of the model
+    :return: BOOM's settings, "tiny" with the preset for a CPU, which a GPU may run too
+    """
+    return dict(preset="cpu" if size == "tiny" else "paper", policy_kwargs=dict(model_size=size), device=DEVICE, seed=0)
 
 
 def bench(part: Part, size: str, n_envs: int) -> None:
@@ -178,14 +185,12 @@ def bench(part: Part, size: str, n_envs: int) -> None:
     from sb3_boom import BOOM
     from sb3_boom.benchmark.step import PROBLEMS, MatrixProducts, RandomEnv
 
-    settings = cpu_preset() if size == "tiny" else dict(policy_kwargs=dict(model_size=size))
     env = make_vec_env(lambda: RandomEnv(*PROBLEMS[size]), n_envs=n_envs)
-    model = BOOM(
-        "MlpPolicy", env, learning_starts=1000, pretrain_steps=0, buffer_size=50_000, seed=0, device="cuda", **settings
-    )
+    model = BOOM("MlpPolicy", env, learning_starts=1000, pretrain_steps=0, buffer_size=50_000, **settings(size))
     model.gradient_steps = 0
     model.learn(1000)  # fills the buffer, at random
     policy = model.policy
+    assert model._last_obs is not None
     obs, _ = policy.obs_to_tensor(model._last_obs)
     mean = policy.initial_mean(n_envs)
     updates = n_envs == 1  # an update knows no environments
@@ -210,11 +215,11 @@ def bench(part: Part, size: str, n_envs: int) -> None:
         with part.step(f"{name}_compile"):
             start = time.perf_counter()
             work()
-            th.cuda.synchronize()
+            wait_for_gpu()
             part.note(**{f"{name}_first_s": time.perf_counter() - start})
             for _ in range(6):  # three more calls before the capture
                 work()
-            th.cuda.synchronize()
+            wait_for_gpu()
     part.note(captured=captured(model), compiles=str(policy.compiler))
     with part.alone():
         for name, work in works.items():
@@ -238,7 +243,7 @@ def bench(part: Part, size: str, n_envs: int) -> None:
         policy.capture = True
     with part.step("equality"):
         part.note(**differences(model, obs, mean, updates))
-    part.note(captured=captured(model), peak_gpu_mb=th.cuda.max_memory_allocated() / 2**20)
+    part.note(captured=captured(model), peak_gpu_mb=th.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else None)
 
 
 def loop(model: Any) -> dict[str, float]:
@@ -246,15 +251,13 @@ def loop(model: Any) -> dict[str, float]:
     :param model: a BOOM that has compiled
     :return: what a step of `learn` costs besides plan and update, whose GPU work is measured by events
     """
-    import torch as th
-
     model.gradient_steps = 1
     model.learn(20, reset_num_timesteps=False)
     model.meters.take_milliseconds()
-    th.cuda.synchronize()
+    wait_for_gpu()
     start = time.perf_counter()
     model.learn(LOOP_STEPS, reset_num_timesteps=False)
-    th.cuda.synchronize()
+    wait_for_gpu()
     step = 1e3 * (time.perf_counter() - start) / LOOP_STEPS
     inside = model.meters.take_milliseconds()
     return {
@@ -268,30 +271,30 @@ def smoke(part: Part, size: str) -> None:
     Train, save, go on on a CPU and come back.
 
     :param part: where to note
-    :param size: "preset" or "5M"
+    :param size: of the model
     """
+    import gymnasium as gym
     import numpy as np
     import torch as th
     from stable_baselines3.common.evaluation import evaluate_policy
 
     from sb3_boom import BOOM
 
-    settings = cpu_preset() if size == "preset" else dict(policy_kwargs=dict(model_size="5M"))
-    model = BOOM("MlpPolicy", "Pendulum-v1", learning_starts=100, pretrain_steps=20, seed=0, device="cuda", **settings)
+    model = BOOM("MlpPolicy", "Pendulum-v1", learning_starts=100, pretrain_steps=20, **settings(size))
     start = time.perf_counter()
-    model.learn(SMOKE_STEPS[size], log_interval=1)
+    model.learn(SMOKE_STEPS, log_interval=1)
     part.note(train_s=time.perf_counter() - start, updates=model._n_updates, captured=captured(model))
     names = [name for name, parameter in model.policy.named_parameters() if not bool(th.isfinite(parameter).all())]
     part.note(not_finite=names, q_scale=float(model.policy.q_scale), milliseconds=model.meters.milliseconds())
     with part.step("evaluate"):
-        mean, _ = evaluate_policy(model, copy.deepcopy(model.get_env()), n_eval_episodes=1)
-        part.note(return_of_one_episode=float(mean))
+        mean, _ = evaluate_policy(model, gym.make("Pendulum-v1"), n_eval_episodes=1)
+        part.note(return_of_one_episode=mean)
     with part.step("devices"):
         obs = np.array([[1.0, 0.0, 0.0]], np.float32)
         with tempfile.TemporaryDirectory() as folder:
             model.save(f"{folder}/model")
-            there = BOOM.load(f"{folder}/model", env="Pendulum-v1", device="cpu", compile=False) if size == "preset" else None
-            back = BOOM.load(f"{folder}/model", env="Pendulum-v1", device="cuda")
+            there = BOOM.load(f"{folder}/model", env=gym.make("Pendulum-v1"), device="cpu") if size == "tiny" else None
+            back = BOOM.load(f"{folder}/model", env=gym.make("Pendulum-v1"), device=DEVICE)
         actions = [m.predict(obs, deterministic=True)[0].tolist() for m in (model, back)]
         part.note(action_before_and_after_loading=actions)
         back.learn(130)
