@@ -306,7 +306,7 @@ def smoke(part: Part, size: str) -> None:
 
 def run_tests(part: Part) -> None:
     """:param part: where to note"""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=long", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=long", "-p", "no:cacheprovider", "tests/test_gpu.py"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     part.note(rc=done.returncode, output=done.stdout[-12_000:], errors=done.stderr[-3000:])
 

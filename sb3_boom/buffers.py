@@ -382,7 +382,7 @@ class WeightedReplayBuffer(ReplayBuffer):
             valid.unsqueeze(-1),
             indices,
         )
-        if indices.device == self.device:
+        if indices.device.type == self.device.type:  # one of them may lack its number
             return batch
         return SubTrajectories(*(self._to_device(x) for x in batch))
 
@@ -392,7 +392,7 @@ class WeightedReplayBuffer(ReplayBuffer):
     def _to_device(self, x: TensorObs) -> Any:
         if isinstance(x, dict):
             return {key: self._to_device(value) for key, value in x.items()}
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or x.device.type == "cuda":
             return x.to(self.device)
         return x.pin_memory().to(self.device, non_blocking=True)
 

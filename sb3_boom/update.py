@@ -34,10 +34,10 @@ def update(
     """
     features, next_features = encode_observations(policy, batch.observations)
     tensors = (features, next_features, *batch[1:7], noise)
-    optimizers = (policy.model_optimizer, policy.actor_optimizer)
-    trained_parameters = bytes(parameter.requires_grad for optimizer in optimizers for parameter in parameters_of(optimizer))
     if not (policy.may_capture() and may_capture_update(policy, features.requires_grad)):
         return learn(policy, config, max_grad_norm, *tensors)
+    optimizers = (policy.model_optimizer, policy.actor_optimizer)
+    trained_parameters = bytes(parameter.requires_grad for optimizer in optimizers for parameter in parameters_of(optimizer))
     return policy.run_captured(learn, "update", policy, config, max_grad_norm, *tensors, given=trained_parameters)
 
 

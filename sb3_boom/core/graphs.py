@@ -127,7 +127,10 @@ def static_copy(tensor: th.Tensor) -> th.Tensor:
     :return: one of its own memory with the same shape, strides and values
     """
     with th.no_grad():
-        copy = th.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        if tensor.is_contiguous():
+            copy = th.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        else:
+            copy = th.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
         copy.copy_(tensor)
     return copy.requires_grad_(tensor.requires_grad)
 
@@ -233,5 +236,7 @@ def warn_without_graph(what: str, reason: str) -> None:
 def _kind(leaf: Any) -> Any:
     """What tells one argument's graphs apart. :param leaf: an argument"""
     if isinstance(leaf, th.Tensor):
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+        # a dimension of size one has any stride
+        strides = None if leaf.is_contiguous() else leaf.stride()
+        return leaf.shape, strides, leaf.dtype, leaf.device, leaf.requires_grad
     return leaf
