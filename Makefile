@@ -63,8 +63,9 @@ evidence: .venv/.installed
 # What a step costs on a GPU, and whether CUDA graphs change a number: OUT/gpu.json, in four minutes. Takes the Python that has
 # torch with CUDA, and what else the package needs, as it is
 OUT ?= logs/gpu
+GPU_SECONDS ?= 240
 gpu:
-	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py --out $(OUT)
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py --out $(OUT) --seconds $(GPU_SECONDS)
 
 clean:
 	rm -rf .venv logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 """
 What a step costs on a GPU, and whether CUDA graphs change a number: `make gpu OUT=folder`.
 
-    python benchmarks/gpu.py --out folder [--seconds 230] [--parts 5M-1 smoke-tiny]
+    python benchmarks/gpu.py --out folder [--seconds 240] [--parts 5M-0 5M-1]
 
 Every part is a process of its own, so that all compile at the same time and one failure leaves the others alone. Who has
 compiled asks to measure; the others are stopped meanwhile. `gpu.json` is written anew after each part, with what failed.
@@ -26,11 +26,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-# by importance; a size, and the environments planned for at once
+# by importance; a size, and the environments planned for at once, 0 being an update
 PARTS = [
-    "5M-1", "smoke-tiny", "tests", "5M-16", "smoke-5M", "5M-8", "tiny-1", "1M-1", "tiny-16", "1M-16", "tiny-8", "1M-8",
+    "5M-0", "5M-1", "smoke-tiny", "tests", "5M-16", "5M-8", "smoke-5M",
+    "tiny-0", "tiny-1", "1M-0", "1M-1", "tiny-16", "1M-16", "tiny-8", "1M-8",
 ]  # fmt: skip
-N_FIRST_CLASS = 4  # parts that compile before the others
+WITH_LOOP = ("5M-1", "tiny-1")  # whose updates another part has put into the compiler's cache
+N_FIRST_CLASS = 5  # parts that compile before the others
 DEVICE = os.environ.get("SB3_BOOM_DEVICE", "cuda")  # "cpu" to rehearse
 CALLS = 100
 LOOP_STEPS = 300
@@ -136,32 +138,32 @@ def differences(model: Any, obs: Any, mean: Any, updates: bool) -> dict[str, flo
     :param model: a BOOM whose graphs are captured
     :param obs: observations to plan from
     :param mean: warm start
-    :param updates: whether to compare updates too
-    :return: largest differences between captured and launched kernels, of three plans and three updates
+    :param updates: whether to compare updates instead of plans
+    :return: largest differences between captured and launched kernels, of three plans or updates; how far the latter move
     """
     import torch as th
 
-    policy, found = model.policy, {}
-    plans: list[Any] = []
+    policy, results = model.policy, []
     before = [tensor.detach().clone() for tensor in state_of(policy)]
-    after: list[Any] = []
     for capture in (True, False):
         policy.capture = capture
         th.manual_seed(1)
-        plans.append(th.cat([policy.plan(obs, mean).mean for _ in range(3)]))
         if updates:
-            th.manual_seed(2)
             model.train(3, model.batch_size)
-            after.append([tensor.detach().clone() for tensor in state_of(policy)])
+            results.append([parameter.detach().clone() for parameter in policy.parameters()])
             with th.no_grad():
                 for tensor, was in zip(state_of(policy), before, strict=True):
                     tensor.copy_(was)
+        else:
+            results.append([policy.plan(obs, mean).mean for _ in range(3)])
     policy.capture = True
-    found["plan_difference"] = float((plans[0] - plans[1]).abs().max())
+
+    def largest(a: list[Any], b: list[Any]) -> float:
+        return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+
+    found = {"difference": largest(*results)}
     if updates:
-        n = len(list(policy.parameters()))
-        found["update_difference"] = max(float((a - b).abs().max()) for a, b in zip(*(x[:n] for x in after), strict=True))
-        found["update_moves"] = max(float((a - b).abs().max()) for a, b in zip(after[0][:n], before[:n], strict=True))
+        found["moves"] = largest(results[0], before[: len(results[0])])
     return found
 
 
@@ -177,7 +179,7 @@ def bench(part: Part, size: str, n_envs: int) -> None:
     """
     :param part: where to note
     :param size: of the model
-    :param n_envs: environments planned for at once
+    :param n_envs: environments planned for at once; 0 for an update instead
     """
     import torch as th
     from stable_baselines3.common.env_util import make_vec_env
@@ -185,15 +187,14 @@ def bench(part: Part, size: str, n_envs: int) -> None:
     from sb3_boom import BOOM
     from sb3_boom.benchmark.step import PROBLEMS, MatrixProducts, RandomEnv
 
-    env = make_vec_env(lambda: RandomEnv(*PROBLEMS[size]), n_envs=n_envs)
+    env = make_vec_env(lambda: RandomEnv(*PROBLEMS[size]), n_envs=max(n_envs, 1))
     model = BOOM("MlpPolicy", env, learning_starts=1000, pretrain_steps=0, buffer_size=50_000, **settings(size))
     model.gradient_steps = 0
     model.learn(1000)  # fills the buffer, at random
     policy = model.policy
     assert model._last_obs is not None
     obs, _ = policy.obs_to_tensor(model._last_obs)
-    mean = policy.initial_mean(n_envs)
-    updates = n_envs == 1  # an update knows no environments
+    mean = policy.initial_mean(len(obs))
 
     def plan() -> object:
         return policy.plan(obs, mean)
@@ -201,48 +202,44 @@ def bench(part: Part, size: str, n_envs: int) -> None:
     def update() -> None:
         model.train(1, model.batch_size)
 
-    works = {"plan": plan, **({"update": update} if updates else {})}
-    floors = {}
+    name, work = ("plan", plan) if n_envs else ("update", update)
     setting = policy.compile_setting
     policy.compile_setting = False  # the dispatcher sees the eager program's products
-    for name, work in works.items():
-        with MatrixProducts() as products:
-            work()
-        floors[name] = products
-        part.note(**{f"{name}_gflop": products.gflop})
+    with MatrixProducts() as products:
+        work()
     policy.compile_setting = setting
-    for name, work in works.items():
-        with part.step(f"{name}_compile"):
-            start = time.perf_counter()
-            work()
-            wait_for_gpu()
-            part.note(**{f"{name}_first_s": time.perf_counter() - start})
-            for _ in range(6):  # three more calls before the capture
-                work()
-            wait_for_gpu()
-    part.note(captured=captured(model), compiles=str(policy.compiler))
+    part.note(**{f"{name}_gflop": products.gflop}, prepared_s=time.perf_counter() - part.start)
+    start = time.perf_counter()
+    work()
+    wait_for_gpu()
+    part.note(**{f"{name}_first_s": time.perf_counter() - start})
+    for _ in range(6):  # three more calls before the capture
+        work()
+    wait_for_gpu()
+    part.note(captured=captured(model), compiles=policy.compiler.__name__)
     with part.alone():
-        for name, work in works.items():
-            with part.step(name):
-                done, launched = milliseconds(work, CALLS)
-                part.note(**{f"{name}_ms": done, f"{name}_launch_ms": launched})
-        if updates:
-            with part.step("loop"):
-                part.note(**loop(model))
+        with part.step(name):
+            done, launched = milliseconds(work, CALLS)
+            part.note(**{f"{name}_ms": done, f"{name}_launch_ms": launched})
         with part.step("floor"):
-            for name in works:
-                done, _ = milliseconds(floors[name].alone(model.device), CALLS // 4)
-                part.note(**{f"{name}_products_ms": done})
-        policy.capture = False
-        for name, work in works.items():
-            with part.step(f"{name}_without_graph"):
-                for _ in range(5):
-                    work()
-                done, launched = milliseconds(work, CALLS // 4)
-                part.note(**{f"{name}_without_graph_ms": done, f"{name}_without_graph_launch_ms": launched})
-        policy.capture = True
+            done, _ = milliseconds(products.alone(model.device), CALLS // 4)
+            part.note(**{f"{name}_products_ms": done})
+        with part.step("without_graph"):
+            policy.capture = False
+            for _ in range(5):
+                work()
+            done, launched = milliseconds(work, CALLS // 4)
+            part.note(**{f"{name}_without_graph_ms": done, f"{name}_without_graph_launch_ms": launched})
+    policy.capture = True
     with part.step("equality"):
-        part.note(**differences(model, obs, mean, updates))
+        part.note(**differences(model, obs, mean, updates=n_envs == 0))
+    if part.name in WITH_LOOP:
+        with part.step("loop"):
+            for _ in range(7):
+                update()
+            wait_for_gpu()
+            with part.alone():
+                part.note(**loop(model))
     part.note(captured=captured(model), peak_gpu_mb=th.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else None)
 
 
@@ -407,7 +404,7 @@ def goals(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     :return: what was to be reached at 5M, and what was
     """
     one, sixteen = parts.get("5M-1", {}), parts.get("5M-16", {})
-    met = {name: one.get(name) for name in ("plan_ms", "update_ms", "loop_ms")}
+    met = {**{name: one.get(name) for name in ("plan_ms", "loop_ms")}, "update_ms": parts.get("5M-0", {}).get("update_ms")}
     if "plan_ms" in one and "plan_ms" in sixteen:
         met["plan_16_by_1"] = sixteen["plan_ms"] / one["plan_ms"]
     return {name: dict(goal=goal, met=met.get(name)) for name, goal in GOALS.items()}
@@ -472,7 +469,7 @@ def main() -> None:
     """Run all parts, or one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for gpu.json")
-    parser.add_argument("--seconds", type=float, default=230.0, help="after which what is not measured is left out")
+    parser.add_argument("--seconds", type=float, default=240.0, help="after which what is not measured is left out")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,7 +1,11 @@
 """CUDA graphs without a GPU: what they would record, hold and overwrite, played through on a CPU."""
 
 import copy
+import os
+import pathlib
 import pickle
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -279,3 +283,26 @@ def test_arrays_of_all_types_arrive_as_they_were_sent():
     }
     for name, tensor in send(arrays, th.device("cpu")).items():
         assert np.array_equal(tensor.numpy(), arrays[name]) and tensor.numpy().dtype == arrays[name].dtype
+
+
+def run_alone(script: str) -> str:
+    """What a script beside this file prints; skips where there is no compiler."""
+    here = pathlib.Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, here / script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    if done.stdout.startswith("no compiler"):
+        pytest.skip(done.stdout.strip())
+    return done.stdout.strip()
+
+
+def test_planning_storing_and_drawing_move_nothing_between_devices():
+    """But for one transfer an observation and one a step, and VecNormalize's statistics when they have changed."""
+    assert run_alone("fake_cuda.py").endswith("one device")
+
+
+@pytest.mark.slow
+def test_kernels_of_a_plan_and_an_update_stay_within_their_budget():
+    """At the paper's size, by inductor's scheduler."""
+    word, plan, of_model, of_policy = run_alone("kernel_budget.py").splitlines()[-1].split()
+    assert word == "kernels" and int(plan) <= 500 and int(of_model) <= 230 and int(of_policy) <= 55

@@ -216,11 +216,10 @@ def recover(device: th.device, pool: Any) -> None:
 def reason_of(error: BaseException) -> str:
     """
     :param error: what a capture was broken off by
-    :return: its first cause in one line: to end such a capture raises too
+    :return: why, in one line: to end such a capture raises too, after what was the matter
     """
-    while error.__context__ is not None:
-        error = error.__context__
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    first = error.__context__ or error
+    return (str(first).strip() or repr(first)).splitlines()[0]
 
 
 def warn_without_graph(what: str, reason: str) -> None:
