@@ -238,7 +238,7 @@ class Waiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("drawing", [{}, {"value_temperature": 1.0}, {"sampling": "episode"}], ids=str)
 def test_nothing_waits_for_the_device(drawing):
-    """Neither a plan, nor drawing a batch, nor an update; but for the first batch after an episode's end, drawn by episode."""
+    """Neither a plan, nor drawing a batch, nor an update."""
     model = BOOM("MlpPolicy", "Pendulum-v1", **dict(TINY, replay_buffer_kwargs=drawing)).learn(210)
     obs, _ = model.policy.obs_to_tensor(observations(2))
     with Waiting():

@@ -178,7 +178,7 @@ def measure(size: str, n_envs: int, what: str, changes: dict[str, Any], args: ar
     for name, function in (("plan", plan), ("update", update)):
         with MatrixProducts() as floors[name]:
             function()
-    policy.compile_setting = not args.no_compile
+    policy.compile_setting, policy.capture = not args.no_compile, not args.no_graphs
     row: dict[str, Any] = dict(size=size, n_envs=n_envs, what=what)
     for name, function in (("plan", plan), ("update", update)):
         row[f"{name}_first_s"] = seconds(function, device)
@@ -230,6 +230,7 @@ def bench(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's (default: one for every core)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no-compile", action="store_true", help="eager instead of torch.compile")
+    parser.add_argument("--no-graphs", action="store_true", help="on a GPU, without CUDA graphs")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the table")
     args = parser.parse_args(arguments)
     th.set_num_threads(args.threads)
@@ -248,6 +249,7 @@ def measure_all(args: argparse.Namespace) -> None:
         gpu=th.cuda.get_device_name() if th.cuda.is_available() else None,
         torch=th.__version__,
         compiled=not args.no_compile,
+        graphs=th.cuda.is_available() and not (args.no_compile or args.no_graphs),
         load_average=os.getloadavg()[0],
     )
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
