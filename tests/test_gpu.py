@@ -97,6 +97,23 @@ def test_captured_updates_equal_eager_ones(model):
     assert (moved > 1e-5).float().mean() < 1e-2
 
 
+def test_neither_planning_nor_storing_nor_updating_waits(model):
+    """As far as torch notices; the action's read-back and the losses' are left out."""
+    model.meters.take_terms()
+    policy, obs, starts = model.policy, np.zeros((1, 3), np.float32), np.zeros(1, bool)
+    infos = [{"planner_action": np.zeros(1), "planner_std": np.ones(1)}]
+    th.cuda.synchronize()
+    th.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            tensor, starts_tensor = policy.observations_and_starts(obs, starts)
+            policy.plan(tensor, policy.initial_mean(1).masked_fill(starts_tensor.view(-1, 1, 1), 0.0))
+            model.train(2, 16)
+            model.replay_buffer.add(obs, obs, np.zeros((1, 1)), np.zeros(1), np.zeros(1, bool), infos)
+    finally:
+        th.cuda.set_sync_debug_mode("default")
+
+
 def test_an_update_learns_at_every_replay(model):
     before = [parameter.clone() for parameter in model.policy.parameters()]
     steps = [state["step"].item() for state in model.policy.actor_optimizer.state.values()]
