@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENV ?= Pendulum-v1
 SEED ?= 0
-SOURCES := sb3_boom tests scripts
+SOURCES := sb3_boom tests scripts benchmarks
 
 .PHONY: train test slow lint type format evidence gpu clean
 

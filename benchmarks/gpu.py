@@ -113,17 +113,6 @@ def milliseconds(function: Callable[[], object], n: int) -> tuple[float, float]:
     return float(done), float(launched)
 
 
-def captured(model: Any) -> dict[str, int]:
-    """
-    :param model: a BOOM
-    :return: how many graphs there are of plan and update
-    """
-    return {
-        name: sum(entry.capture is not None for entry in graphed.entries.values())
-        for name, graphed in model.policy._graphs.items()
-    }
-
-
 def state_of(policy: Any) -> list[Any]:
     """
     :param policy: the networks
@@ -216,7 +205,7 @@ def bench(part: Part, size: str, n_envs: int) -> None:
     for _ in range(6):  # three more calls before the capture
         work()
     wait_for_gpu()
-    part.note(captured=captured(model), compiles=policy.compiler.__name__)
+    part.note(captured=model.policy.graphs.counts(), compiles=policy.compiler.__name__)
     with part.alone():
         with part.step(name):
             done, launched = milliseconds(work, CALLS)
@@ -240,7 +229,9 @@ def bench(part: Part, size: str, n_envs: int) -> None:
             wait_for_gpu()
             with part.alone():
                 part.note(**loop(model))
-    part.note(captured=captured(model), peak_gpu_mb=th.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else None)
+    part.note(
+        captured=model.policy.graphs.counts(), peak_gpu_mb=th.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else None
+    )
 
 
 def loop(model: Any) -> dict[str, float]:
@@ -280,7 +271,7 @@ def smoke(part: Part, size: str) -> None:
     model = BOOM("MlpPolicy", "Pendulum-v1", learning_starts=100, pretrain_steps=20, **settings(size))
     start = time.perf_counter()
     model.learn(SMOKE_STEPS, log_interval=1)
-    part.note(train_s=time.perf_counter() - start, updates=model._n_updates, captured=captured(model))
+    part.note(train_s=time.perf_counter() - start, updates=model._n_updates, captured=model.policy.graphs.counts())
     names = [name for name, parameter in model.policy.named_parameters() if not bool(th.isfinite(parameter).all())]
     part.note(not_finite=names, q_scale=float(model.policy.q_scale), milliseconds=model.meters.milliseconds())
     with part.step("evaluate"):
@@ -295,7 +286,7 @@ def smoke(part: Part, size: str) -> None:
         actions = [m.predict(obs, deterministic=True)[0].tolist() for m in (model, back)]
         part.note(action_before_and_after_loading=actions)
         back.learn(130)
-        part.note(captured_after_loading=captured(back))
+        part.note(captured_after_loading=back.policy.graphs.counts())
         if there is not None:
             there.learn(110)
             part.note(lr_on_cpu=str(there.policy.model_optimizer.param_groups[0]["lr"]))

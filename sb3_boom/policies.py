@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import numbers
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from sb3_boom.core.actor import Actor
 from sb3_boom.core.augmentation import random_shift
 from sb3_boom.core.compilation import choose_compiler, compiled
 from sb3_boom.core.critic import Critic, draw_pairs
-from sb3_boom.core.graphs import Graphed, captures_on, warn_without_graph
+from sb3_boom.core.graphs import Graphs, captures_on
 from sb3_boom.core.planner import Plan, PlannerConfig, PlannerNoise, make_config
 from sb3_boom.core.torch_layers import set_mode
 from sb3_boom.core.transfer import send
@@ -175,9 +175,7 @@ class BOOMPolicy(BasePolicy):
         self.dropout = dropout
         self.image_shift = image_shift
         self.compile_setting = compile
-        self._graphs: dict[str, Graphed] = {}
-        self._hooks: list[dict] | None = None
-        self._explained: set[str] = set()
+        self.graphs = Graphs()
         self.encoder_lr_scale = encoder_lr_scale
         self.planner_config = make_config(planner, planner_kwargs, self.action_dim, horizon, gamma)
         self.features_extractor = self.make_features_extractor()
@@ -231,49 +229,13 @@ class BOOMPolicy(BasePolicy):
         """Turns a function into its compiled self, or returns it as it is, by the ``compile`` setting."""
         return choose_compiler(self.compile_setting, self.device)
 
-    # -------------------------------------------------------------- CUDA graphs
-
     def may_capture(self) -> bool:
-        """Whether plan and update become CUDA graphs: on a GPU, compiled, and without forward hooks, which none calls."""
-        if not (self.capture and captures_on(self.device) and self.compiler is compiled):
-            return False
-        if self._hooks is None:
-            self._hooks = [
-                hooks
-                for module in self.modules()
-                for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-            ]
-        if any(self._hooks):
-            self.explain_once("plan and update", "a forward hook, which a graph does not call")
-            return False
-        return True
-
-    def explain_once(self, what: str, reason: str) -> None:
-        """
-        :param what: is not captured
-        :param reason: why
-        """
-        if what not in self._explained:
-            self._explained.add(what)
-            warn_without_graph(what, reason)
-
-    def run_captured(self, function: Callable, name: str, *arguments: Any, given: Hashable = None) -> Any:
-        """
-        :param function: of tensors and constants, at the module's level
-        :param name: what a warning calls it
-        :param arguments: its own
-        :param given: see :class:`~sb3_boom.core.graphs.Graphed`
-        :return: its result, from a CUDA graph if there is one; the next call overwrites it then
-        """
-        if name not in self._graphs:
-            self._graphs[name] = Graphed(function, name)
-        return self._graphs[name](*arguments, given=given)
+        """Whether plan and update become CUDA graphs: on a GPU, compiled, and where no forward hook is to be called."""
+        return self.capture and captures_on(self.device) and self.compiler is compiled and not self.graphs.bars(self)
 
     def forget_graphs(self) -> None:
         """Drop all CUDA graphs; to be called after a layer or a parameter has been replaced, which none notices."""
-        self._hooks = None
-        for graphed in self._graphs.values():
-            graphed.forget()
+        self.graphs.forget()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "BOOMPolicy":
         self.forget_graphs()  # parameters move
@@ -333,7 +295,7 @@ class BOOMPolicy(BasePolicy):
             if not self.may_capture():
                 return encode_and_plan(*arguments)
             # the next plan, maybe an evaluation's, overwrites this one's
-            return Plan(*(tensor.clone() for tensor in self.run_captured(encode_and_plan, "plan", *arguments)))
+            return Plan(*(tensor.clone() for tensor in self.graphs.run(encode_and_plan, "plan", *arguments)))
 
     def observations_and_starts(
         self, obs: np.ndarray | dict[str, np.ndarray], starts: np.ndarray

@@ -38,7 +38,7 @@ def update(
         return learn(policy, config, max_grad_norm, *tensors)
     optimizers = (policy.model_optimizer, policy.actor_optimizer)
     trained_parameters = bytes(parameter.requires_grad for optimizer in optimizers for parameter in parameters_of(optimizer))
-    return policy.run_captured(learn, "update", policy, config, max_grad_norm, *tensors, given=trained_parameters)
+    return policy.graphs.run(learn, "update", policy, config, max_grad_norm, *tensors, given=trained_parameters)
 
 
 def may_capture_update(policy: BOOMPolicy, features_are_trained: bool) -> bool:
@@ -58,7 +58,7 @@ def may_capture_update(policy: BOOMPolicy, features_are_trained: bool) -> bool:
     if features_are_trained and type(policy.features_extractor) not in (NatureCNN, CombinedExtractor):
         reason = "a features extractor of your own, which may do anything"
     if reason is not None:
-        policy.explain_once("update", reason)
+        policy.graphs.explain_once("update", reason)
     return reason is None and not features_are_trained
 
 

@@ -82,10 +82,7 @@ def recorded(monkeypatch):
 
 
 def n_captured(model: BOOM) -> dict[str, int]:
-    return {
-        name: sum(entry.capture is not None for entry in graphed.entries.values())
-        for name, graphed in model.policy._graphs.items()
-    }
+    return model.policy.graphs.counts()
 
 
 def learn(model: BOOM, evaluate: bool) -> BOOM:
@@ -161,7 +158,7 @@ def test_copies_pickles_and_moved_policies_have_no_graphs(recorded):
     model = make_model(learning_rate=HALVED).learn(40)
     policy = model.policy
     for other in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
-        assert other._graphs.keys() == policy._graphs.keys() and not any(g.entries for g in other._graphs.values())
+        assert not other.graphs.functions
     assert n_captured(model) == {"plan": 1, "update": 1}
     policy.to("cpu")
     assert n_captured(model) == {"plan": 0, "update": 0}
@@ -223,7 +220,7 @@ def test_no_graph_without_compiler_or_gpu_and_no_word_of_it():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model = make_model().learn(40)
-    assert not model.policy._graphs
+    assert not model.policy.graphs.functions
     assert not any(group.get("capturable") for group in model.policy.model_optimizer.param_groups)
 
 
@@ -268,7 +265,7 @@ def test_only_a_few_graphs_are_kept(recorded):
     for n in range(graphs.MAX_GRAPHS + 5):
         model.tau = 0.01 + 0.001 * n
         model.train(1, 16)
-    assert len(model.policy._graphs["update"].entries) == graphs.MAX_GRAPHS
+    assert len(model.policy.graphs.functions["update"].entries) == graphs.MAX_GRAPHS
 
 
 def test_arrays_of_all_types_arrive_as_they_were_sent():

@@ -113,6 +113,69 @@ class Graphed:
         self.entries.clear()
 
 
+class Graphs:
+    """
+    The graphs of the functions that work with one module. Copies and pickles have none, as if nothing had been called.
+    """
+
+    def __init__(self) -> None:
+        self.functions: dict[str, Graphed] = {}
+        self.hooks: list[dict] | None = None
+        self.explained: set[str] = set()
+
+    def __reduce__(self) -> tuple[type["Graphs"], tuple[()]]:
+        return type(self), ()
+
+    def run(self, function: Callable, name: str, *arguments: Any, given: Hashable = None) -> Any:
+        """
+        :param function: at its module's level
+        :param name: what a warning calls it
+        :param arguments: its own
+        :param given: see :class:`Graphed`
+        :return: its result, from a graph if there is one; the next call overwrites it then
+        """
+        if name not in self.functions:
+            self.functions[name] = Graphed(function, name)
+        return self.functions[name](*arguments, given=given)
+
+    def forget(self) -> None:
+        """Drop all graphs."""
+        self.hooks = None
+        for graphed in self.functions.values():
+            graphed.forget()
+
+    def bars(self, module: th.nn.Module) -> bool:
+        """
+        :param module: the functions', always the same one
+        :return: whether it has forward hooks, which no graph calls; a warning has told so once
+        """
+        if self.hooks is None:
+            self.hooks = [
+                hooks
+                for part in module.modules()
+                for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
+            ]
+        if any(self.hooks):
+            self.explain_once("plan and update", "a forward hook, which a graph does not call")
+        return any(self.hooks)
+
+    def explain_once(self, what: str, reason: str) -> None:
+        """
+        :param what: is not captured
+        :param reason: why
+        """
+        if what not in self.explained:
+            self.explained.add(what)
+            warn_without_graph(what, reason)
+
+    def counts(self) -> dict[str, int]:
+        """:return: number of graphs by function"""
+        return {
+            name: sum(entry.capture is not None for entry in graphed.entries.values())
+            for name, graphed in self.functions.items()
+        }
+
+
 def captures_on(device: th.device) -> bool:
     """
     :param device: where tensors are
