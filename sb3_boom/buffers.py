@@ -10,7 +10,7 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_boom.core.losses import WARMUP_STD
-from sb3_boom.core.transfer import send
+from sb3_boom.core.transfer import send, to_gpu
 
 try:
     import psutil
@@ -394,7 +394,7 @@ class WeightedReplayBuffer(ReplayBuffer):
             return {key: self._to_device(value) for key, value in x.items()}
         if self.device.type != "cuda" or x.device.type == "cuda":
             return x.to(self.device)
-        return x.pin_memory().to(self.device, non_blocking=True)
+        return to_gpu(x, self.device)
 
     def _draw(self, batch_size: int) -> tuple[th.Tensor, th.Tensor]:
         """First rows and environments of windows, ``[B]`` each; uniform, or half of them by value."""

@@ -1,11 +1,34 @@
 """Arrays on their way to a GPU (torch only)."""
 
+import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch as th
 
 ALIGNMENT = 16  # bytes; no number is wider
+
+
+@functools.cache
+def can_pin() -> bool:
+    """Whether there is memory that a GPU reads by itself: tried once per process, and else a warning tells."""
+    try:
+        th.empty(1, pin_memory=True)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(f"BOOM waits for its transfers to the GPU, since memory can't be pinned ({reason})", stacklevel=3)
+        return False
+    return True
+
+
+def to_gpu(tensor: th.Tensor, device: th.device) -> th.Tensor:
+    """
+    :param tensor: of a CPU
+    :param device: a GPU
+    :return: the same there, or soon; nobody waits for it
+    """
+    return (tensor.pin_memory() if can_pin() else tensor).to(device, non_blocking=True)
 
 
 def send(arrays: Mapping[str, Any], device: th.device) -> dict[str, th.Tensor]:
@@ -23,7 +46,7 @@ def send(arrays: Mapping[str, Any], device: th.device) -> dict[str, th.Tensor]:
         ends.append(size + array.nbytes)
         size = -(-ends[-1] // ALIGNMENT) * ALIGNMENT
     # torch does not hand this memory out again before the copy is done
-    host = th.empty(size, dtype=th.uint8, pin_memory=True)
+    host = th.empty(size, dtype=th.uint8, pin_memory=can_pin())
     memory, likes = host.numpy(), []
     for array, end in zip(arrays.values(), ends, strict=True):
         place = memory[end - array.nbytes : end].view(array.dtype).reshape(array.shape)
