@@ -175,7 +175,7 @@ def test_a_copy_goes_on_as_its_original(recorded):
 
 
 def test_a_capture_that_fails_warns_once_and_changes_nothing(request, monkeypatch):
-    expected = make_model().learn(60)
+    expected = make_model().learn(32)
     request.getfixturevalue("recorded")
 
     def refuse(function, arguments, device):
@@ -186,7 +186,7 @@ def test_a_capture_that_fails_warns_once_and_changes_nothing(request, monkeypatc
 
     monkeypatch.setattr(graphs, "capture", refuse)
     with pytest.warns(UserWarning, match="CUDA graph") as caught:
-        model = make_model().learn(60)
+        model = make_model().learn(32)
     told = [str(warning.message) for warning in caught if "CUDA graph" in str(warning.message)]
     assert len(told) == 2 and all("operation not permitted" in text for text in told)  # of plan and update
     assert_same(model, expected)
@@ -209,7 +209,7 @@ def test_users_own_code_is_called_and_said_to_bar_the_graph_once(recorded, user)
         policy.actor_optimizer.register_step_post_hook(lambda *_: calls.append(1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model.learn(60)
+        model.learn(32)
     assert sum("CUDA graph" in str(warning.message) for warning in caught) == 1
     assert n_captured(model).get("update", 0) == 0
     assert n_captured(model).get("plan", 0) == (user != "forward hook")
