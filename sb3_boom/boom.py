@@ -337,6 +337,8 @@ class BOOM(OffPolicyAlgorithm):
                 assert self._callback is not None
                 self._callback.on_training_end()
                 return self
+            finally:
+                self._callback = None
 
     def collect_rollouts(
         self,
@@ -409,19 +411,21 @@ class BOOM(OffPolicyAlgorithm):
 
     def train(self, gradient_steps: int, batch_size: int | None = None) -> None:
         """
-        Update world model, critics and policy, after ``pretrain_steps`` updates the first time. Does nothing while the
-        replay buffer holds some transitions, but fewer than ``learning_starts``.
+        Update world model, critics and policy. Within ``learn`` it waits until the replay buffer holds ``learning_starts``
+        transitions, and pretrains the first time; called by itself it does the given updates and nothing else.
 
         :param gradient_steps: number of updates
         :param batch_size: sub-trajectories per update; default: the model's
         :raises ValueError: if the replay buffer is empty
         """
         assert self.replay_buffer is not None
-        if self.replay_buffer.size() > 0 and not (self._has_enough_data() and self.replay_buffer.can_sample()):
+        within_learn = self._callback is not None
+        if within_learn and not (self._has_enough_data() and self.replay_buffer.can_sample()):
             return
         if self._n_updates == 0 and self.verbose >= 1 and self.policy.compiler is compiled:
             print("Compiling losses and planner: up to two minutes the first time, seconds from the cache later")
-        self._pretrain(batch_size or self.batch_size)
+        if within_learn:
+            self._pretrain(batch_size or self.batch_size)
         self._owed.append((gradient_steps, batch_size or self.batch_size))
         if not self._defers_updates or self._n_updates == 0:  # nothing is planned before there has been an update
             self._catch_up()

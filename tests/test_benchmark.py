@@ -144,7 +144,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_without_losing_or_doubling_row
     one = ["benchmark", "one", "--cpu", "--task", "Pendulum-v1", "--eval-freq", "20", "--steps", "100"]
     one += ["--eval-episodes", "1", "--csv", "results.csv", *QUICK]
     process = subprocess.Popen([sys.executable, "-m", "sb3_boom", *one], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folder = runner.run_folder(Path("logs/benchmark"), "Pendulum-v1", "release", 0)
+    folder = runner.run_folder(Path("logs/benchmark"), "Pendulum-v1", "forward_kl", 0)
     deadline = time.monotonic() + 120
     while not (folder / "checkpoint").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -175,7 +175,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(monkeypatch, capsys):
 def test_a_folder_is_not_gone_on_with_under_other_settings(monkeypatch, capsys):
     run = [*RUN, "--seeds", "0", "--eval-freq", "20", *QUICK]
     assert command(monkeypatch, *run, "--steps", "20") == 0
-    log = Path("logs/benchmark/Pendulum-v1_release_0/log.txt")
+    log = Path("logs/benchmark/Pendulum-v1_forward_kl_0/log.txt")
     for change, message in (
         (["--steps", "40"], "steps was 20, is 40"),
         (["--steps", "20", "--csv", "other.csv"], "other.csv"),
@@ -232,7 +232,7 @@ def test_what_is_done_is_taken_only_for_the_same_settings(monkeypatch, capsys):
     assert "is taken as results.csv has it" in capsys.readouterr().out
     rows_before = table()
     assert command(monkeypatch, *RUN, "--seeds", "0", "--steps", "40", "--eval-freq", "20", *QUICK) == 1
-    assert "remove them, or take another --csv" in Path("logs/benchmark/Pendulum-v1_release_0/log.txt").read_text()
+    assert "remove them, or take another --csv" in Path("logs/benchmark/Pendulum-v1_forward_kl_0/log.txt").read_text()
     assert table() == rows_before
 
 

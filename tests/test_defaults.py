@@ -1,5 +1,6 @@
 """The first line that a user writes: sizes by the machine, what is shown meanwhile, and what the log holds."""
 
+import copy
 import csv
 import inspect
 import pathlib
@@ -305,11 +306,18 @@ def test_train_takes_the_models_own_batch_size(monkeypatch):
     assert drawn == [16, 16, 5]
 
 
-def test_train_before_anything_is_stored_says_so():
-    model = BOOM("MlpPolicy", "Pendulum-v1", **SHORT)
-    model.set_logger(configure(None, []))
+def test_train_by_itself_does_the_updates_it_is_told_and_no_others():
+    model = BOOM("MlpPolicy", "Pendulum-v1", **dict(SHORT, learning_starts=100)).learn(10)
+    model.train(3)
+    assert model._n_updates == 3 and model.pretrain_updates == 0
+    model.replay_buffer.reset()
     with pytest.raises(ValueError, match="replay buffer is empty"):
         model.train(1)
+
+
+def test_a_model_is_copied_after_learning():
+    model = BOOM("MlpPolicy", "Pendulum-v1", **SHORT).learn(22)
+    assert copy.deepcopy(model).learn(2)._n_updates == model._n_updates + 2
 
 
 def test_until_the_first_update_actions_are_random():

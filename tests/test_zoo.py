@@ -85,7 +85,8 @@ def test_settings_written_out_are_those_that_follow_by_themselves():
     for env_id in ("dm_control/dog-run-v0", "dm_control/humanoid-run-v0"):
         entry = copy.deepcopy(paper[env_id])
         env = make_vec_env(env_id, wrapper_class=get_wrapper_class(entry))
-        model = BOOM("MlpPolicy", env, policy_kwargs=dict(model_size="tiny", compile=False), buffer_size=10)
+        small = dict(model_size="tiny", compile=False)
+        model = BOOM("MlpPolicy", env, preset="paper", policy_kwargs=small, buffer_size=10)
         for name in ("gamma", "learning_starts", "pretrain_steps", "align_coef"):
             assert getattr(model, name) == pytest.approx(entry[name]), name
         assert model.policy.planner_config.n_iterations == entry["planner_kwargs"]["n_iterations"]
