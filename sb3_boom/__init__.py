@@ -3,12 +3,16 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sb3_boom.core import processor
+
 if TYPE_CHECKING:
     from sb3_boom.boom import BOOM
     from sb3_boom.buffers import WeightedReplayBuffer
     from sb3_boom.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 
 __version__ = "0.1.0"
+
+processor.use_all_instructions()  # before torch is imported
 
 _MODULES = {
     "BOOM": "boom",

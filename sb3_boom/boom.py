@@ -37,7 +37,7 @@ from sb3_boom.checks import (
     warn_if_never_aligned,
     worker_deaths_named,
 )
-from sb3_boom.core import losses
+from sb3_boom.core import losses, processor
 from sb3_boom.core.actor import Actor
 from sb3_boom.core.compilation import allow_tf32, compiled, keep_freed_memory, subnormals_flushed
 from sb3_boom.core.critic import Critic
@@ -542,6 +542,8 @@ class BOOM(OffPolicyAlgorithm):
                 f"x {planner.n_iterations} iterations a plan, batches of {self.batch_size}. A step takes "
                 f"{1000.0 * seconds:.0f} ms, the remaining {steps:,} steps about {duration(seconds * steps / self.n_envs)}"
             )
+            if self.device.type == "cpu" and (reason := processor.why_slow()):
+                print(reason)
         n_parameters = sum(parameter.numel() for parameter in self.policy.parameters())
         if self.device.type == "cpu" and n_parameters >= SLOW_ON_CPU and "slow" not in self.warned:
             self.warned.add("slow")

@@ -8,6 +8,9 @@ Writes a zip, the Monitor's CSV, a CSV row per evaluation and the learning curve
     python scripts/train.py --env Hopper-v5 -params handle_terminations:False n_envs:4
 """
 
+from sb3_boom import BOOM, zoo  # before torch: see core/processor.py
+
+# isort: split
 import argparse
 import pathlib
 import warnings
@@ -19,7 +22,6 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_boom import BOOM, zoo
 from sb3_boom.benchmark import rows, runner
 from sb3_boom.benchmark.rows import EvaluationLog, Row
 from sb3_boom.callbacks import PlannerPriorEvalCallback

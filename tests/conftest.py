@@ -1,5 +1,8 @@
 """What all tests share: tiny models, a features extractor, and the golden vectors' place."""
 
+import sb3_boom  # noqa: F401  # before torch, for fast products: see its core/processor.py
+
+# isort: split
 import os
 import pathlib
 

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_boom import BOOM
 from sb3_boom.core.compilation import keep_freed_memory, subnormals_flushed
+from sb3_boom.core.processor import why_slow
 
 # size: observation and action dimensions. tiny comes with the CPU preset's planner and batch, the others with the paper's
 PROBLEMS = {"tiny": (3, 1), "1M": (24, 6), "5M": (223, 38)}
@@ -248,6 +249,7 @@ def measure_all(args: argparse.Namespace) -> None:
         threads=args.threads,
         gpu=th.cuda.get_device_name() if th.cuda.is_available() else None,
         torch=th.__version__,
+        products=why_slow() or "at the processor's own speed",
         compiled=not args.no_compile,
         graphs=th.cuda.is_available() and not (args.no_compile or args.no_graphs),
         load_average=os.getloadavg()[0],
