@@ -4,7 +4,7 @@ Matrix products at the processor's own speed (standard library only).
 On AMD's processors the MKL inside torch takes its AVX2 kernels, whatever the processor can do, because it asks for the maker:
 half the speed where there is AVX-512. The question is a function of its own, ``mkl_serv_intel_cpu_true``, and the dynamic
 linker takes the first definition of a name that it meets. So one of ours, loaded before torch is, answers yes. MKL then
-chooses its kernels by what the processor says it can do, and results differ in their last digits, as they do between two makers'
+chooses its kernels by what the processor says it can do, and results differ in their last digits, as between two makers'
 processors.
 """
 
