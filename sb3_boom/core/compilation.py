@@ -102,6 +102,32 @@ def allow_tf32(device: th.device) -> None:
                 th.set_float32_matmul_precision("high")
 
 
+@functools.cache
+def bf16_works(device_type: str) -> bool:
+    """
+    Whether matrix products of bfloat16 factors are fast here.
+
+    :param device_type: "cpu" or "cuda"
+    :return: True if so; else a warning has told why not
+    """
+    if device_type == "cpu":
+        works = th.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:
+        works = device_type == "cuda" and th.cuda.is_bf16_supported(including_emulation=False)
+    if not works:
+        warnings.warn(f"bf16=True changes nothing: this {device_type} has no bfloat16 products of its own", stacklevel=2)
+    return works
+
+
+def bf16_products(setting: bool, device: th.device) -> contextlib.AbstractContextManager:
+    """
+    :param setting: whether they are wanted
+    :param device: where
+    :return: a context in which the factors of matrix products are rounded to bfloat16, if they are wanted and fast there
+    """
+    return th.autocast(device.type, th.bfloat16) if setting and bf16_works(device.type) else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def subnormals_flushed() -> Iterator[None]:
     """Take subnormal floats as 0 in this thread meanwhile: SimNorm's tiny gradients are some, and slow a CPU down."""

@@ -49,7 +49,9 @@ def usable(x: th.Tensor) -> bool:
     :param x: what the kernel is to work on
     :return: whether it can, as a part of a compiled graph
     """
-    return loaded and th.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == th.float32
+    if x.device.type != "cpu" or x.dtype != th.float32 or th.is_autocast_enabled("cpu"):
+        return False
+    return loaded and th.compiler.is_compiling()
 
 
 class _MLP(th.autograd.Function):
