@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_boom import BOOM
 from sb3_boom.foresight import BLOCK, FreshTerminations, PlanOptimism, Snapshot, count_terminations
-from tests.conftest import TINY
+from conftest import TINY, TINY_POLICY
 
 
 class Edge(gym.Env):
@@ -60,7 +60,7 @@ def networks_of(model):
 
 def test_terminations_are_foreseen_on_steps_never_trained_on():
     """Whatever the loss weighs. Let into the dynamics, it hides them there: one in five is recognised once it is met."""
-    kwargs = dict(policy_kwargs=dict(model_size="tiny", mlp_dim=64, enc_dim=64, latent_dim=32, n_critics=2))
+    kwargs = dict(policy_kwargs=dict(TINY_POLICY, mlp_dim=64, enc_dim=64, latent_dim=32, n_critics=2))
     model = make_model(Edge(), learning_rate=1e-3, termination_coef=20.0, **kwargs)
     fill(model.replay_buffer, 1000, seed=0)
     model.train(300, 64)
