@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from conftest import TINY, TINY_POLICY
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
@@ -13,7 +14,6 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_boom import BOOM
 from sb3_boom.foresight import BLOCK, FreshTerminations, PlanOptimism, Snapshot, count_terminations
-from conftest import TINY, TINY_POLICY
 
 
 class Edge(gym.Env):
