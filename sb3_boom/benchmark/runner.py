@@ -24,6 +24,7 @@ SUITES: dict[str, tuple[str, ...]] = {
         f"dm_control/{task}-v0"
         for task in ("cartpole-swingup", "pendulum-swingup", "ball_in_cup-catch", "reacher-easy", "finger-spin", "cheetah-run")
     ),
+    "development": ("Hopper-v5", "dm_control/finger-spin-v0", "dm_control/cheetah-run-v0"),  # what settings are chosen by
     "gym5": ("Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "Ant-v5", "Humanoid-v5"),
     "picked": (  # what the algorithms of baselines.py are compared on
         "Hopper-v5",
