@@ -5,7 +5,7 @@ ENV ?= Pendulum-v1
 SEED ?= 0
 SOURCES := sb3_boom tests scripts benchmarks
 
-.PHONY: train test slow lint type format evidence evidence-settings evidence-gym evidence-dmc evidence-others gpu clean
+.PHONY: train test slow lint type format evidence evidence-settings evidence-acting evidence-gym evidence-dmc evidence-others gpu clean
 
 .venv/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
@@ -80,8 +80,16 @@ evidence-settings: .venv/.installed
 	$(BIN)/sb3-boom benchmark run --suite development --variants $(CANDIDATES) --steps 30000 --eval-freq 5000 \
 		--csv $(EVIDENCE)/settings.csv --folder $(EVIDENCE)/settings $(PROTOCOL)
 	$(call pages,settings)
+# Ways to act deterministically, on models of the settings' grid
+ACTING := Hopper-v5 dm_control/finger-spin-v0 dm_control/cheetah-run-v0 dm_control/reacher-easy-v0
+evidence-acting: .venv/.installed
+	$(BIN)/sb3-boom benchmark run --tasks $(ACTING) --variants forward_kl --steps 30000 --eval-freq 5000 \
+		--csv $(EVIDENCE)/settings.csv --folder $(EVIDENCE)/settings $(PROTOCOL)
+	$(BIN)/python benchmarks/acting.py --tasks $(ACTING) --variants forward_kl --folder $(EVIDENCE)/settings \
+		--csv $(EVIDENCE)/acting.csv
 evidence-gym: .venv/.installed
-	$(BIN)/sb3-boom benchmark run --suite gym5 --variants forward_kl --steps 100000 --csv $(EVIDENCE)/gym5.csv --folder $(EVIDENCE)/gym5 $(PROTOCOL)
+	$(BIN)/sb3-boom benchmark run --suite gym5 --variants forward_kl --steps 100000 \
+		--csv $(EVIDENCE)/gym5.csv --folder $(EVIDENCE)/gym5 $(PROTOCOL)
 	$(call pages,gym5)
 evidence-dmc: .venv/.installed
 	$(BIN)/sb3-boom benchmark run --suite dmc6 --variants forward_kl --steps 50000 --eval-freq 5000 \
