@@ -10,6 +10,7 @@ Rows that the CSV has already are not made again.
 import argparse
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -62,7 +63,11 @@ def main() -> None:
         for variant in args.variants:
             for seed in args.seeds:
                 model = BOOM.load(run_folder(args.folder, task, variant, seed) / "checkpoint" / "model")
-                ways = {"heaviest elite": (model, True), "random elite": (model, False), "last mean": (LastMean(model), True)}
+                ways: dict[str, tuple[Any, bool]] = {
+                    "heaviest elite": (model, True),
+                    "random elite": (model, False),
+                    "last mean": (LastMean(model), True),
+                }
                 for acting, (actor, deterministic) in ways.items():
                     key = (task, variant, str(seed), str(model.num_timesteps), acting)
                     if key in done:
