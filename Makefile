@@ -5,7 +5,7 @@ ENV ?= Pendulum-v1
 SEED ?= 0
 SOURCES := sb3_boom tests scripts benchmarks
 
-.PHONY: train test slow lint type format evidence gpu clean
+.PHONY: train test slow lint type format evidence evidence-settings evidence-acting evidence-gym evidence-dmc evidence-others gpu clean
 
 .venv/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
@@ -66,6 +66,40 @@ OUT ?= logs/gpu
 GPU_SECONDS ?= 240
 gpu:
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py --out $(OUT) --seconds $(GPU_SECONDS)
+
+# Those of benchmarks/protocol.md, three seeds each; JOBS runs side by side. They go on where they stopped.
+JOBS ?= 2
+PROTOCOL := --cpu --seeds 0 1 2 --jobs $(JOBS)
+define pages
+	$(BIN)/sb3-boom benchmark report $(EVIDENCE)/$(1).csv --out $(EVIDENCE)/$(1).md
+	$(BIN)/sb3-boom benchmark export $(EVIDENCE)/$(1).csv --out $(EVIDENCE)/$(1)-long.csv
+endef
+CANDIDATES := forward_kl coef_1 max_std_0.5 coef_1_max_std_0.5 two_updates
+# Settings against each other, on the development tasks
+evidence-settings: .venv/.installed
+	$(BIN)/sb3-boom benchmark run --suite development --variants $(CANDIDATES) --steps 30000 --eval-freq 5000 \
+		--csv $(EVIDENCE)/settings.csv --folder $(EVIDENCE)/settings $(PROTOCOL)
+	$(call pages,settings)
+# Ways to act deterministically, on models of the settings' grid
+ACTING := Hopper-v5 dm_control/finger-spin-v0 dm_control/cheetah-run-v0 dm_control/reacher-easy-v0
+evidence-acting: .venv/.installed
+	$(BIN)/sb3-boom benchmark run --tasks $(ACTING) --variants forward_kl --steps 30000 --eval-freq 5000 \
+		--csv $(EVIDENCE)/settings.csv --folder $(EVIDENCE)/settings $(PROTOCOL)
+	$(BIN)/python benchmarks/acting.py --tasks $(ACTING) --variants forward_kl --folder $(EVIDENCE)/settings \
+		--csv $(EVIDENCE)/acting.csv
+evidence-gym: .venv/.installed
+	$(BIN)/sb3-boom benchmark run --suite gym5 --variants forward_kl --steps 100000 \
+		--csv $(EVIDENCE)/gym5.csv --folder $(EVIDENCE)/gym5 $(PROTOCOL)
+	$(call pages,gym5)
+evidence-dmc: .venv/.installed
+	$(BIN)/sb3-boom benchmark run --suite dmc6 --variants forward_kl --steps 50000 --eval-freq 5000 \
+		--csv $(EVIDENCE)/dmc6-mended.csv --folder $(EVIDENCE)/dmc6-mended $(PROTOCOL)
+	$(call pages,dmc6-mended)
+# BOOM beside SAC, TQC and CrossQ, against env steps and against minutes
+evidence-others: .venv/.installed
+	$(BIN)/sb3-boom benchmark run --suite picked --variants forward_kl SAC TQC CrossQ --steps 50000 --eval-freq 5000 \
+		--csv $(EVIDENCE)/others.csv --folder $(EVIDENCE)/others $(PROTOCOL)
+	$(call pages,others)
 
 clean:
 	rm -rf .venv logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -43,6 +43,7 @@ from sb3_boom.core.compilation import allow_tf32, compiled, keep_freed_memory, s
 from sb3_boom.core.critic import Critic
 from sb3_boom.core.losses import LossConfig
 from sb3_boom.core.optimizers import set_learning_rates
+from sb3_boom.foresight import FreshTerminations, PlanOptimism
 from sb3_boom.meters import Meters
 from sb3_boom.policies import BOOMPolicy, CnnPolicy, MlpPolicy, MultiInputPolicy, finite_actions
 from sb3_boom.presets import model_size, resolve_auto
@@ -233,6 +234,8 @@ class BOOM(OffPolicyAlgorithm):
         self.pretrain_updates = 0  # of pretrain_steps, done so far
         self.meters = Meters()
         self.pace = Pace()
+        self.fresh_terminations = FreshTerminations()
+        self.plan_optimism = PlanOptimism()
         self.warned: set[str] = set()
         self._enough_data = False
         self._planner_mean: th.Tensor | None = None
@@ -486,8 +489,6 @@ class BOOM(OffPolicyAlgorithm):
         terms = self.meters.take_terms()
         for name, value in terms.items():
             self.logger.record_mean(f"train/{name}", value, exclude)
-        for name, value in self.meters.termination_scores().items():
-            self.logger.record(f"train/{name}", value, exclude)
         if "alignment" not in self.warned and terms:
             can_be_on = terms["align_active"] > 0.0 or self.alignment == "none"
             if can_be_on or warn_if_never_aligned(self.num_timesteps):
@@ -568,7 +569,9 @@ class BOOM(OffPolicyAlgorithm):
             mean = self.policy.initial_mean(n_envs)
         plan = self.policy.plan(obs, mean.masked_fill(starts.view(-1, 1, 1), 0.0))
         self._planner_mean = plan.mean
-        planned = finite_actions(th.cat([plan.exploratory_action, plan.planner_action, plan.planner_std], dim=1))
+        planned = finite_actions(
+            th.cat([plan.exploratory_action, plan.planner_action, plan.planner_std, plan.value.unsqueeze(1)], dim=1)
+        )
         self._planned = planned[:, self.policy.action_dim :]
         return planned[:, : self.policy.action_dim]
 
@@ -592,10 +595,17 @@ class BOOM(OffPolicyAlgorithm):
             dim = self.policy.action_dim
             # in copies: the dicts are the environments', which may keep them, or all return the same one
             infos = [
-                {**info, "planner_action": planned[:dim], "planner_std": planned[dim:]}
+                {**info, "planner_action": planned[:dim], "planner_std": planned[dim : 2 * dim]}
                 for info, planned in zip(infos, self._planned, strict=True)
             ]
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        assert isinstance(replay_buffer, WeightedReplayBuffer) and self._last_episode_starts is not None
+        if self._n_updates > 0:
+            self.fresh_terminations.see(self.policy, replay_buffer, normalizer)
+        values = None if self._planned is None else self._planned[:, -1]
+        truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])
+        for gap in self.plan_optimism.see(values, reward, dones, truncated, self._last_episode_starts, self.gamma):
+            self.logger.record_mean("rollout/plan_optimism", gap)
         self._last_episode_starts = dones
 
     # -------------------------------------------------------------------- predict
@@ -610,7 +620,8 @@ class BOOM(OffPolicyAlgorithm):
     def dump_logs(self) -> None:
         """Write log data: losses and times are means since the last call."""
         self._record_losses()
-        self.meters.forget_counts()
+        for name, value in self.fresh_terminations.take_scores().items():
+            self.logger.record(f"train/{name}", value)
         for name, milliseconds in self.meters.take_milliseconds().items():
             self.logger.record(f"time/{name}_ms", milliseconds)
         super().dump_logs()
@@ -620,7 +631,7 @@ class BOOM(OffPolicyAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         ours = (
             "actor", "critic", "critic_target", "meters", "pace", "_enough_data", "_planner_mean", "_planned", "_callback",
-            "_defers_updates", "_owed",
+            "_defers_updates", "_owed", "fresh_terminations", "plan_optimism",
         )  # fmt: skip
         return [*super()._excluded_save_params(), *ours]
 
@@ -646,6 +657,7 @@ class BOOM(OffPolicyAlgorithm):
         loaded.draw_like(self.horizon, **self.replay_buffer_kwargs)
         loaded.move_storage()
         self.replay_buffer = loaded
+        self.fresh_terminations = FreshTerminations()  # newest is another's now
         self._enough_data = False
 
     @classmethod

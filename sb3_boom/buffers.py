@@ -358,7 +358,30 @@ class WeightedReplayBuffer(ReplayBuffer):
         """
         if self.size() == 0:
             raise ValueError("the replay buffer is empty: store transitions (or call learn) before sampling")
-        start, env_index = self._draw_by_episode(batch_size) if self.sampling == "episode" else self._draw(batch_size)
+        return self._windows(*(self._draw_by_episode if self.sampling == "episode" else self._draw)(batch_size), env)
+
+    def newest(self, n_steps: int, env: VecNormalize | None = None) -> SubTrajectories:
+        """
+        The windows that start with the last transitions stored.
+
+        :param n_steps: how many of every environment
+        :param env: as in :meth:`sample`
+        :return: ``n_steps * n_envs`` windows, oldest first
+        :raises ValueError: if fewer are stored
+        """
+        if not 1 <= n_steps <= self.size():
+            raise ValueError(f"n_steps must be between 1 and the {self.size()} stored, not {n_steps}")
+        index = th.arange(n_steps * self.n_envs, device=self._storage["steps"].device)
+        start = (self.pos - n_steps + index // self.n_envs) % self.buffer_size
+        return self._windows(start, index % self.n_envs, env)
+
+    def _windows(self, start: th.Tensor, env_index: th.Tensor, env: VecNormalize | None) -> SubTrajectories:
+        """
+        :param start: first rows ``[B]``
+        :param env_index: their environments ``[B]``
+        :param env: see :meth:`sample`
+        :return: windows of ``horizon`` steps
+        """
         steps = th.arange(self.horizon + 1, device=start.device).unsqueeze(1)
         rows = (start + steps) % self.buffer_size * self.n_envs + env_index  # [H+1, B]
         indices = rows[:-1]

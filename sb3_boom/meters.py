@@ -9,7 +9,6 @@ from typing import Any
 import torch as th
 
 from sb3_boom.core.graphs import WARM_UP_CALLS
-from sb3_boom.core.losses import termination_scores
 
 
 class Meters:
@@ -18,7 +17,6 @@ class Meters:
     def __init__(self) -> None:
         self._terms: dict[str, th.Tensor] = {}
         self._seconds: dict[str, tuple[float, int]] = {}
-        self._counts: dict[str, float] = {}
         self.n_updates = 0  # since the losses were last taken
         self._started: dict[str, int] = {}
         self._pending: deque[tuple[str, int, th.cuda.Event, th.cuda.Event]] = deque()
@@ -46,23 +44,9 @@ class Meters:
         """
         if self.n_updates == 0:
             return {}
-        sums = dict(zip(self._terms, th.stack(list(self._terms.values())).tolist(), strict=True))
-        means = {name: value / self.n_updates for name, value in sums.items()}
-        for name in [name for name in means if name.startswith("terminations_")]:
-            self._counts[name] = self._counts.get(name, 0.0) + sums[name]
-            del means[name]
-        self._terms, self.n_updates = {}, 0
-        return means
-
-    def termination_scores(self) -> dict[str, float]:
-        """
-        :return: precision and recall of terminations among what was taken since :meth:`forget_counts`
-        """
-        return termination_scores(dict(self._counts))
-
-    def forget_counts(self) -> None:
-        """Count precision and recall of terminations anew."""
-        self._counts = {}
+        means = (th.stack(list(self._terms.values())) / self.n_updates).tolist()
+        names, self._terms, self.n_updates = list(self._terms), {}, 0
+        return dict(zip(names, means, strict=True))
 
     @contextlib.contextmanager
     def timing(self, name: str, count: int, device: th.device) -> Iterator[None]:

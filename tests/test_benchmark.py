@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from sb3_boom import cli, zoo
-from sb3_boom.benchmark import report, rows, runner
+from sb3_boom.benchmark import baselines, export, report, rows, runner
 from sb3_boom.benchmark.rows import Row
 
 ROW = Row("Pendulum-v1", "release", 0, 10, 10, -1200.5, -1300.25, 3.0, "abc", "python 3")
@@ -373,3 +373,63 @@ def test_interquartile_mean_leaves_out_the_extremes_and_its_interval_covers_it()
     assert low < mean < high
     assert report.interquartile_mean(scores) == (mean, low, high)
     assert np.isnan(report.interquartile_mean([np.array([0.5])])[1])
+
+
+# ----------------------------------------------------------- other algorithms, long form
+
+
+def test_dictionaries_of_a_variant_add_to_the_files():
+    settings = dict(planner_kwargs=dict(n_samples=128, max_std=2.0))
+    changed = runner.changes("coef_1_max_std_0.5", settings, action_dim=3)
+    assert changed == dict(align_coef=1.0, planner_kwargs=dict(n_samples=128, max_std=0.5))
+    assert runner.changes("coef_A/50", {}, action_dim=3) == dict(align_coef=3 / 50)
+
+
+@pytest.mark.parametrize("variant", ["SAC", "CrossQ"])
+def test_other_algorithms_run_on_the_same_grid_and_go_on_where_they_stopped(variant, monkeypatch):
+    monkeypatch.setattr(baselines, "LEARNING_STARTS", 20)
+    arguments = dict(
+        csv=Path("results.csv"), folder=Path("run"), hyperparams=zoo.hyperparams_file(cpu=True), n_eval_episodes=1
+    )
+    learn = baselines.algorithm(variant).learn
+
+    def interrupted(self, *args, **kwargs):
+        if self.num_timesteps >= 20:
+            raise KeyboardInterrupt
+        return learn(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(baselines.algorithm(variant), "learn", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runner.train_one("Pendulum-v1", variant, 0, 60, 20, **arguments)
+    assert [row.agent_steps for row in table()] == [20]
+    runner.train_one("Pendulum-v1", variant, 0, 60, 20, **arguments)
+    assert [row.agent_steps for row in table()] == [20, 40, 60]
+    assert all(row.variant == variant and row.planner_return == row.prior_return < 0 for row in table())
+    report.write([Path("results.csv")], Path("page.md"))
+    assert Path("page-Pendulum-v1.png").exists()
+
+
+def test_settings_of_boom_are_refused_for_another_algorithm(monkeypatch, capsys):
+    assert command(monkeypatch, *RUN, "--steps", "10", "--variants", "TQC", "-params", "tau:0.5") != 0
+    assert "leave -params (tau) out" in capsys.readouterr().err
+
+
+def test_long_form_has_a_line_for_every_number(monkeypatch):
+    rows.append(Path("results.csv"), [ROW, ROW._replace(variant="SAC", seed=1, env_steps=20)])
+    assert command(monkeypatch, "benchmark", "export", "results.csv", "--out", "long.csv") == 0
+    assert Path("long.csv").read_text().splitlines() == [
+        "exp_name,env_name,seed,metric,env_step,value",
+        "BOOM-release,Pendulum-v1,0,return,10,-1200.5",
+        "BOOM-release,Pendulum-v1,0,prior_return,10,-1300.25",
+        "BOOM-release,Pendulum-v1,0,wall_s,10,3.0",
+        "SAC,Pendulum-v1,1,return,20,-1200.5",
+        "SAC,Pendulum-v1,1,wall_s,20,3.0",
+    ]
+
+
+def test_long_form_names_corrupt_rows():
+    rows.append(Path("results.csv"), [ROW])
+    with Path("results.csv").open("a") as file:
+        file.write("Pendulum-v1,release,0\n")
+    assert len(export.write([Path("results.csv")], Path("long.csv"))) == 1

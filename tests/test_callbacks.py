@@ -178,7 +178,7 @@ def test_environment_steps_of_all_environments_count():
 def test_action_noise_is_added_to_the_plan(noise):
     action_noise = {
         "normal": NormalActionNoise(np.zeros(1), 10 * np.ones(1)),
-        "correlated": OrnsteinUhlenbeckActionNoise(np.zeros(1), 10 * np.ones(1)),
+        "correlated": OrnsteinUhlenbeckActionNoise(np.zeros(1), 100 * np.ones(1)),
         "vectorised": VectorizedActionNoise(NormalActionNoise(np.zeros(1), 10 * np.ones(1)), 2),
     }[noise]
     env = make_vec_env(short_pendulum, n_envs=2)

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "sb3_boom"
 ROOMS = [
     "core",
     ("buffers", "policies"),
-    ("update", "presets", "prior", "checks", "meters", "progress"),
+    ("update", "presets", "prior", "checks", "meters", "progress", "foresight"),
     "boom",
     ("checkpoint", "callbacks"),
     ("inspection", "deployment"),

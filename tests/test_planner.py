@@ -1,5 +1,6 @@
 """MPPI and CEM, on problems whose answers are known."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -148,16 +149,25 @@ def test_value_is_discounted_reward_plus_discounted_critic():
 
 
 def ends_above_half(z):
-    return z[..., 1:2] - 0.5
+    return 20.0 * (z[..., 1:2] - 0.5)
 
 
-def test_predicted_termination_stops_rewards_and_critic_once_terminations_were_seen():
-    world = KnownWorld(lambda z, action: th.ones_like(action[..., :1]), ends_above_half)
+def test_predicted_termination_thins_out_rewards_and_critic_once_terminations_were_seen():
+    odds = {0.0: 1 / 3, 1.0: 9.0}  # of ending where the first action was that
+    world = KnownWorld(
+        lambda z, action: th.ones_like(action[..., :1]),
+        lambda z: th.where(z[..., 1:2] > 0.5, math.log(odds[1.0]), math.log(odds[0.0])),
+    )
     actions = th.zeros(3, 1, 2, 2)
-    actions[1, 0, 1, 0] = 1.0  # the second trajectory ends with its second step
+    actions[1, 0, 1, 0] = 1.0  # the second trajectory most likely ends with its second step
     values = value_of(world, actions, KnownCritic(10.0))
+    goes_on, ends = 0.75, 0.1  # survival: 1 - odds / (1 + odds)
+    expected = [
+        1 + 0.9 * alive[0] + 0.81 * alive[0] * alive[1] + 0.729 * alive[0] * alive[1] * alive[2] * 10
+        for alive in ((goes_on, goes_on, goes_on), (goes_on, ends, goes_on))
+    ]
+    assert values[0].tolist() == pytest.approx(expected)
     full = 1 + 0.9 + 0.81 + 0.729 * 10
-    assert values[0].tolist() == pytest.approx([full, 1 + 0.9])
     assert value_of(world, actions, KnownCritic(10.0), UNSEEN)[0].tolist() == pytest.approx([full, full])
 
 
@@ -166,6 +176,19 @@ def test_planner_avoids_a_known_termination():
     world = KnownWorld(lambda z, action: 1.0 + action[..., :1], ends_above_half)
     assert make_plan(world, KnownCritic(10.0)).planner_action[0, 0] <= 0.5
     assert make_plan(world, KnownCritic(10.0), seen=UNSEEN).planner_action[0, 0] > 0.5
+
+
+def test_value_of_a_plan_is_its_best_elites(monkeypatch):
+    scored = []
+    trajectory_values = planner.trajectory_values
+
+    def recorded(*args):
+        scored.append(trajectory_values(*args))
+        return scored[-1]
+
+    monkeypatch.setattr(planner, "trajectory_values", recorded)
+    plan = make_plan(KnownWorld(lambda z, action: action[..., :1] + z), n_envs=2, z=th.tensor([[0.0], [1.0]]))
+    assert plan.value.tolist() == scored[-1].amax(dim=1).tolist()
 
 
 @pytest.mark.parametrize("bad", [th.nan, th.inf])
@@ -197,10 +220,11 @@ def test_elites_are_the_best_and_cem_weighs_them_alike():
     for uniform in (False, True):
         config = replace(CONFIG, uniform_elites=uniform)
         mean, std = th.zeros(3, 1, 2), th.ones(3, 1, 2)
-        mean, std, first, weights[uniform] = planner.refine(
+        mean, std, first, weights[uniform], best_value = planner.refine(
             world, KnownActor(), KnownCritic(), config, th.zeros(1, 1), actions, mean, std, *noise, th.tensor([0, 1]), SEEN
         )
         assert th.equal(first[0], best)
+        assert th.equal(best_value, values.amax(dim=1))
         w = weights[uniform][0, :, None]
         th.testing.assert_close(mean[0, 0], (w * best).sum(0))
         th.testing.assert_close(std[0, 0], (w * (best - mean[0, 0]).square()).sum(0).sqrt().clamp(0.05, 2.0))
@@ -222,7 +246,7 @@ def test_elite_is_drawn_by_its_weight_and_without_noise_the_heaviest():
     first = make_plan(world, config=config, noise=noise._replace(elite=th.zeros(1, config.n_elites)))
     mean, std = th.zeros(3, 1, 2), th.full((3, 1, 2), config.max_std)
     policy = th.tanh(noise.policy)
-    _, _, elites, weights = planner.refine(
+    _, _, elites, weights, _ = planner.refine(
         world, KnownActor(), KnownCritic(), config, th.zeros(1, 1), policy, mean, std,
         noise.candidates[0], noise.terminal[0], noise.critic_pairs[0], SEEN,
     )  # fmt: skip

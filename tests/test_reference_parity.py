@@ -225,7 +225,7 @@ def test_elite_weights_equal_the_release(golden):
         std = th.full_like(mean, config.max_std)
         for i in range(config.n_iterations):
             first = config.horizon + 2 * i
-            mean, std, _, weights = planner.refine(
+            mean, std, _, weights, _ = planner.refine(
                 *networks, config, z, actions, mean, std,
                 golden.tensor(f"plan0/noise/{first:02d}").unsqueeze(1),
                 golden.tensor(f"plan0/noise/{first + 1:02d}").unsqueeze(0),

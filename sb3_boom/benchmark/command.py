@@ -18,24 +18,25 @@ def _positive(text: str) -> int:
 
 def benchmark(arguments: list[str], cpu: bool) -> None:
     """
-    :param arguments: of ``run`` or ``report``
+    :param arguments: of ``run``, ``report`` or ``export``
     :param cpu: which hyperparameter file to take
     :raises ValueError: for a task, suite or variant that does not exist
     """
-    from sb3_boom.benchmark import report, runner
+    from sb3_boom.benchmark import baselines, export, report, runner
 
     parser = argparse.ArgumentParser("sb3-boom benchmark")
     commands = parser.add_subparsers(dest="command", required=True)
 
+    variants = [*sorted(runner.VARIANTS), *baselines.ALGORITHMS]
     run = commands.add_parser("run", help="train a grid of tasks, variants and seeds; go on where it was interrupted")
     run.add_argument("--suite", choices=sorted(runner.SUITES), help="a list of tasks")
     run.add_argument("--tasks", nargs="+", default=[], metavar="ENV", help="environment ids, besides the suite's")
-    run.add_argument("--variants", nargs="+", choices=sorted(runner.VARIANTS), help="default: each entry's own alignment")
+    run.add_argument("--variants", nargs="+", choices=variants, help="default: each entry's own alignment")
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--jobs", type=_positive, default=1, help="runs side by side, which share the cores (default: 1)")
     one = commands.add_parser("one", help="one run of a grid")
     one.add_argument("--task", required=True)
-    one.add_argument("--variant", choices=sorted(runner.VARIANTS), help="default: the entry's own alignment")
+    one.add_argument("--variant", choices=variants, help="default: the entry's own alignment")
     one.add_argument("--seed", type=int, default=0)
     for command in (run, one):
         command.add_argument("--steps", type=_positive, required=True, help="agent steps of a run")
@@ -51,10 +52,16 @@ def benchmark(arguments: list[str], cpu: bool) -> None:
     page.add_argument("--out", type=Path, default=Path("logs/benchmark/report.md"))
     page.add_argument("--tasks", nargs="+", metavar="ENV", help="leave out all others")
     page.add_argument("--until", type=_positive, help="agent steps: leave out later evaluations, of longer runs")
+    long = commands.add_parser("export", help="CSVs in long form: exp_name,env_name,seed,metric,env_step,value")
+    long.add_argument("csv", nargs="+", type=Path, help="CSVs of benchmark run")
+    long.add_argument("--out", type=Path, default=Path("logs/benchmark/long.csv"))
     args = parser.parse_args(arguments)
 
-    if args.command == "report":
-        problems = report.write(args.csv, args.out, args.tasks, args.until)
+    if args.command in ("report", "export"):
+        if args.command == "report":
+            problems = report.write(args.csv, args.out, args.tasks, args.until)
+        else:
+            problems = export.write(args.csv, args.out)
         print(f"wrote {args.out}")
         for problem in problems:
             print(problem, file=sys.stderr)

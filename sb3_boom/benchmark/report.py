@@ -11,11 +11,12 @@ import pandas as pd
 from scipy import stats
 
 from sb3_boom.benchmark import rows
+from sb3_boom.benchmark.baselines import ALGORITHMS
 from sb3_boom.benchmark.rows import Row
 
 PUBLISHED = Path(__file__).parent / "published"
 # in the order in which they are believed
-SOURCES = ("boom_paper_curves.csv", "tdmpc2_dmc_hard_4M.csv", "dmc_state_1M.csv", "bmpc_dmc_1M.csv")
+SOURCES = ("boom_paper_curves.csv", "tdmpc2_dmc_hard_4M.csv", "dmc_state_1M.csv", "bmpc_dmc_1M.csv", "gym_mujoco_1M.csv")
 NAMES = {
     "boom": "BOOM (paper)",
     "tdmpc2": "TD-MPC2",
@@ -23,8 +24,21 @@ NAMES = {
     "bmpc": "BMPC",
     "dreamerv3": "DreamerV3",
     "sac": "SAC",
+    "crossq": "CrossQ",
+    "simbaV2_utd1": "SimbaV2",
+    "bro_utd2": "BRO, 2 updates a step",
+    "bro_utd10": "BRO, 10 updates a step",
+    "drq": "DR.Q",
 }
-MAX_RETURN = {"dm_control/": 1000.0}  # by the task's prefix: what scores are normalised by
+# by the task's prefix, what scores are normalised by: the maximum, or else CrossQ's published return at 100k env steps
+MAX_RETURN = {
+    "dm_control/": 1000.0,
+    "Hopper-v5": 2764.0,
+    "Walker2d-v5": 3914.0,
+    "HalfCheetah-v5": 8112.0,
+    "Ant-v5": 2299.0,
+    "Humanoid-v5": 2603.0,
+}
 LEVEL = 0.95
 NEAR = 0.05  # of the env steps asked for
 
@@ -93,7 +107,7 @@ def published_curves(task: str) -> list[Curve]:
 def max_return(task: str) -> float | None:
     """
     :param task: environment id
-    :return: the highest return there is, or None where it is unknown
+    :return: what to normalise a return by, or None where it is unknown
     """
     return next((value for prefix, value in MAX_RETURN.items() if task.startswith(prefix)), None)
 
@@ -244,7 +258,8 @@ def _aggregates(last: dict[tuple[str, str], list[Row]]) -> list[str]:
         "## Interquartile mean",
         "",
         "Of planner returns divided by the task's maximum, over all runs (task and seed) of a variant; and, to compare",
-        f"variants, over the runs that all with this last step share. {LEVEL:.0%} bootstrap interval.",
+        f"variants, over the runs that all with this last step share. {LEVEL:.0%} bootstrap interval. Gymnasium's tasks",
+        "have no maximum: their returns are divided by what CrossQ is published with there at 100k env steps.",
         "",
         "| agent steps | variant | tasks | runs | interquartile mean | interval | mean |",
         "|--:|---|--:|--:|--:|--:|--:|",
@@ -254,7 +269,7 @@ def _aggregates(last: dict[tuple[str, str], list[Row]]) -> list[str]:
 
 def plot(task: str, table: Sequence[Row], path: Path) -> None:
     """
-    Draw our curves over the published ones, on one axis of env steps.
+    Draw our curves over the published ones, on one axis of env steps; and where algorithms are compared, against minutes.
 
     :param task: environment id
     :param table: its rows
@@ -263,7 +278,12 @@ def plot(task: str, table: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    variants = list(dict.fromkeys(row.variant for row in table))
+    if set(variants) & set(ALGORITHMS):
+        figure, (axes, clock) = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
+        clock.set(xlabel="minutes of one thread, evaluations included")
+    else:
+        (figure, axes), clock = plt.subplots(figsize=(7, 4.5)), None
     furthest = max(row.env_steps for row in table)
     for curve in published_curves(task):
         near = curve.env_steps <= max(2 * furthest, curve.env_steps[min(1, len(curve.env_steps) - 1)])
@@ -271,13 +291,15 @@ def plot(task: str, table: Sequence[Row], path: Path) -> None:
         if np.isfinite(curve.std).any():
             low, high = (curve.mean[near] + sign * curve.std[near] for sign in (-1, 1))
             axes.fill_between(curve.env_steps[near], low, high, alpha=0.08, color=line.get_color())
-    for variant in dict.fromkeys(row.variant for row in table):
+    for variant in variants:
         frame = pd.DataFrame([row for row in table if row.variant == variant], columns=list(Row._fields))
         by_step = frame.groupby("env_steps")["planner_return"]
         mean, low, high = by_step.mean(), by_step.min(), by_step.max()
         n_seeds = frame["seed"].nunique()
         (line,) = axes.plot(mean.index, mean, "o-", label=f"ours, {variant} ({n_seeds} seed{'s' * (n_seeds > 1)}, range)")
         axes.fill_between(mean.index, low, high, alpha=0.2, color=line.get_color())
+        if clock is not None:
+            clock.plot(frame.groupby("env_steps")["wall_s"].mean() / 60.0, mean, "o-", color=line.get_color())
     axes.set(xlabel="env steps", ylabel="return", title=task)
     axes.legend(fontsize=8)
     figure.tight_layout()

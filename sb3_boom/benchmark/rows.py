@@ -17,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 import stable_baselines3 as sb3
 import torch as th
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_boom
@@ -32,8 +33,8 @@ class Row(NamedTuple):
     :param seed: of the run
     :param agent_steps: decisions until then
     :param env_steps: simulation steps until then, by the action repeat
-    :param planner_return: mean return of the planner
-    :param prior_return: mean return of the policy prior
+    :param planner_return: mean return of the planner, or of an algorithm that has none
+    :param prior_return: mean return of the policy prior, or of that algorithm again
     :param wall_s: seconds of this run until then
     :param revision: commit that ran
     :param versions: of what it ran on
@@ -208,7 +209,22 @@ class EvaluationLog(PlannerPriorEvalCallback):
     def evaluate(self) -> None:
         """Evaluate now, and append a row."""
         super().evaluate()
-        steps = self.timesteps[-1]
-        planner, prior = (float(np.mean(returns[-1])) for returns in (self.planner_returns, self.prior_returns))
+        self._append(*(float(np.mean(returns[-1])) for returns in (self.planner_returns, self.prior_returns)))
+
+    def _append(self, planner_return: float, prior_return: float) -> None:
+        steps = self.model.num_timesteps
         env_steps = steps * env_steps_per_agent_step(self.eval_env)
-        append(self.path, [Row(*self.run, steps, env_steps, planner, prior, self.wall_s, self.revision, versions())])
+        append(
+            self.path,
+            [Row(*self.run, steps, env_steps, planner_return, prior_return, self.wall_s, self.revision, versions())],
+        )
+
+
+class AgentLog(EvaluationLog):
+    """The same for an algorithm without a planner, whose return is in both columns."""
+
+    def evaluate(self) -> None:
+        """Evaluate now, and append a row."""
+        mean, _ = evaluate_policy(self.model, self.eval_env, self.n_eval_episodes, deterministic=self.deterministic)
+        assert isinstance(mean, float)
+        self._append(mean, mean)

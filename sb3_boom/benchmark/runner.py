@@ -13,15 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_boom import BOOM, zoo
-from sb3_boom.benchmark import rows
-from sb3_boom.benchmark.rows import EvaluationLog
+from sb3_boom.benchmark import baselines, rows
+from sb3_boom.benchmark.rows import AgentLog, EvaluationLog
 
 SUITES: dict[str, tuple[str, ...]] = {
     "dmc6": tuple(
         f"dm_control/{task}-v0"
         for task in ("cartpole-swingup", "pendulum-swingup", "ball_in_cup-catch", "reacher-easy", "finger-spin", "cheetah-run")
+    ),
+    "development": ("Hopper-v5", "dm_control/finger-spin-v0", "dm_control/cheetah-run-v0"),  # what settings are chosen by
+    "gym5": ("Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "Ant-v5", "Humanoid-v5"),
+    "picked": (  # what the algorithms of baselines.py are compared on
+        "Hopper-v5",
+        "HalfCheetah-v5",
+        "Walker2d-v5",
+        "dm_control/cartpole-swingup-v0",
+        "dm_control/cheetah-run-v0",
     ),
     "dmc-hard": tuple(
         f"dm_control/{task}-v0"
@@ -29,7 +39,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     ),
     "h1hand": tuple(f"h1hand-{task}-v0" for task in ("stand", "walk", "run", "sit_simple", "slide", "pole", "hurdle")),
 }
-# variant: settings that differ from the file's; a function gets the number of action dimensions
+# variant: settings that differ from the file's; a function gets the number of action dimensions, a dict adds to the file's
 VARIANTS: dict[str, dict[str, Any]] = {
     "release": {"alignment": "release"},
     "forward_kl": {"alignment": "forward_kl"},
@@ -39,6 +49,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_warmup": {"align_warmup": False},
     "coef_A/1000": {"align_coef": lambda action_dim: action_dim / 1000},
     "coef_A/50": {"align_coef": lambda action_dim: action_dim / 50},
+    "coef_1": {"align_coef": 1.0},
+    "max_std_0.5": {"planner_kwargs": {"max_std": 0.5}},
+    "coef_1_max_std_0.5": {"align_coef": 1.0, "planner_kwargs": {"max_std": 0.5}},
+    "two_updates": {"gradient_steps": 2},
 }
 
 
@@ -50,6 +64,16 @@ def own_variant(entry: dict[str, Any]) -> str:
     return entry.get("alignment", inspect.signature(BOOM).parameters["alignment"].default)
 
 
+def check_variant(variant: str, overrides: dict[str, Any]) -> None:
+    """
+    :param variant: a key of :data:`VARIANTS`, or an algorithm of :mod:`sb3_boom.benchmark.baselines`
+    :param overrides: settings instead of the hyperparameter file's
+    :raises ValueError: for settings of BOOM's that another algorithm is to be run with
+    """
+    if variant in baselines.ALGORITHMS and overrides:
+        raise ValueError(f"{variant} runs by its own defaults: leave -params ({', '.join(overrides)}) out, or {variant}")
+
+
 def settings_of_a_run(
     task: str, variant: str, steps: int, csv: Path, hyperparams: Path, overrides: dict[str, Any] | None = None
 ) -> str:
@@ -57,7 +81,7 @@ def settings_of_a_run(
     What has to be the same where a run is gone on with; parameters as :func:`train_one`.
 
     :param task: environment id
-    :param variant: a key of :data:`VARIANTS`
+    :param variant: see :func:`check_variant`
     :param steps: agent steps
     :param csv: where rows are appended
     :param hyperparams: hyperparameter file
@@ -65,6 +89,8 @@ def settings_of_a_run(
     :return: as JSON
     """
     entry = zoo.entry(hyperparams, task) | (overrides or {})
+    if variant in baselines.ALGORITHMS:
+        entry = {key: entry[key] for key in zoo.OF_THE_ENVIRONMENT if key in entry} | baselines.settings()
     return json.dumps(dict(entry, variant=variant, steps=steps, csv=str(csv.resolve())), default=repr, indent=2)
 
 
@@ -84,7 +110,7 @@ def train_one(
     Train until ``steps``, evaluating every ``eval_freq``; go on from the last checkpoint where there is one.
 
     :param task: environment id
-    :param variant: a key of :data:`VARIANTS`
+    :param variant: see :func:`check_variant`
     :param seed: of the run
     :param steps: agent steps
     :param eval_freq: agent steps between evaluations
@@ -98,13 +124,17 @@ def train_one(
     zoo.register()
     identity = settings_of_a_run(task, variant, steps, csv, hyperparams, overrides)
     _check_same(folder, identity, csv, (task, variant, seed))
+    check_variant(variant, overrides or {})
     entry = zoo.entry(hyperparams, task) | (overrides or {})
-    settings = zoo.settings_of_the_model(entry)
     env = zoo.make_env(task, entry, seed, entry.get("n_envs", 1))
     eval_env = zoo.make_env(task, entry, seed + 1000, n_eval_episodes)
-    action_dim = int(np.prod(env.action_space.shape or ()))
-    for name, value in VARIANTS[variant].items():
-        settings[name] = value(action_dim) if callable(value) else value
+    algorithm: type[OffPolicyAlgorithm]
+    log_class: type[EvaluationLog]
+    if variant in baselines.ALGORITHMS:
+        algorithm, settings, log_class = baselines.algorithm(variant), baselines.settings(), AgentLog
+    else:
+        algorithm, settings, log_class = BOOM, zoo.settings_of_the_model(entry), EvaluationLog
+        settings |= changes(variant, settings, int(np.prod(env.action_space.shape or ())))
     settings["buffer_size"] = min(settings.get("buffer_size", 1_000_000), steps)  # it never holds more
 
     checkpoint = folder / "checkpoint"
@@ -112,21 +142,36 @@ def train_one(
         if not checkpoint.exists() and (whole / "wall_s").exists():
             whole.rename(checkpoint)
     if checkpoint.exists():
-        model = BOOM.load(checkpoint / "model", env=env)
+        model = algorithm.load(checkpoint / "model", env=env)
         model.load_replay_buffer(checkpoint / "replay_buffer")
         wall_s = float((checkpoint / "wall_s").read_text())
         print(f"{task} {variant} seed {seed}: goes on from {model.num_timesteps} steps", flush=True)
     else:
-        model = BOOM(env=env, seed=seed, **settings)
+        model = algorithm(env=env, seed=seed, **settings)
         wall_s = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.json").write_text(identity)
-    log = EvaluationLog(eval_env, csv, (task, variant, seed), n_eval_episodes, eval_freq=0, wall_s=wall_s)
+    log = log_class(eval_env, csv, (task, variant, seed), n_eval_episodes, eval_freq=0, wall_s=wall_s)
     while model.num_timesteps < steps:
         until = min((model.num_timesteps // eval_freq + 1) * eval_freq, steps)
         model.learn(until - model.num_timesteps, callback=log, reset_num_timesteps=False)
         log.evaluate()  # first the row, then the checkpoint: a row that is there already is not written twice
         _save(model, log.wall_s, checkpoint)
+
+
+def changes(variant: str, settings: dict[str, Any], action_dim: int) -> dict[str, Any]:
+    """
+    :param variant: a key of :data:`VARIANTS`
+    :param settings: of the hyperparameter file
+    :param action_dim: number of action dimensions
+    :return: the settings that the variant changes
+    """
+    changed = {}
+    for name, value in VARIANTS[variant].items():
+        if callable(value):
+            value = value(action_dim)
+        changed[name] = {**(settings.get(name) or {}), **value} if isinstance(value, dict) else value
+    return changed
 
 
 def _check_same(folder: Path, settings: str, csv: Path, run: tuple[str, str, int]) -> None:
@@ -150,7 +195,7 @@ def _check_same(folder: Path, settings: str, csv: Path, run: tuple[str, str, int
         raise ValueError(f"{folder} is of a run with other settings ({changes}): take another --folder, or remove it")
 
 
-def _save(model: BOOM, wall_s: float, checkpoint: Path) -> None:
+def _save(model: OffPolicyAlgorithm, wall_s: float, checkpoint: Path) -> None:
     """
     Replace the checkpoint; killed at any point, one that is whole stays.
 
@@ -175,7 +220,7 @@ def run_folder(folder: Path, task: str, variant: str, seed: int) -> Path:
     """
     :param folder: of the benchmark
     :param task: environment id
-    :param variant: a key of :data:`VARIANTS`
+    :param variant: see :func:`check_variant`
     :param seed: of the run
     :return: the run's own folder
     """
@@ -196,7 +241,7 @@ def run_grid(
     """
     Train a grid, ``jobs`` runs side by side, each in a process of its own; those that the CSV has already are left out.
 
-    :param tasks: environment ids, each with a key of :data:`VARIANTS`
+    :param tasks: environment ids, each with a variant, see :func:`check_variant`
     :param seeds: of the runs
     :param steps: agent steps of a run
     :param jobs: runs side by side, which share the cores
@@ -206,8 +251,10 @@ def run_grid(
     :param overrides: settings instead of the file's
     :param arguments: further ones for each run's command
     :return: number of runs that failed
-    :raises ValueError: if one that is done was made with other settings
+    :raises ValueError: if one that is done was made with other settings, or for settings that a variant can't have
     """
+    for _, variant in tasks:
+        check_variant(variant, overrides)
     done = {row.run for row in rows.read(csv)[0] if row.agent_steps >= steps} if csv.exists() else set()
     grid = [(task, variant, seed) for seed in seeds for task, variant in tasks]
     todo = [run for run in grid if run not in done]

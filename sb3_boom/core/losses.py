@@ -192,6 +192,9 @@ def model_loss(
     """
     Loss of world model and critics along a latent rollout (reference, section 5).
 
+    The termination head learns from predicted latents and from encoded observations, half each, and alone: its gradient
+    ends at its input. In the dynamics it would teach them to flag the state-action pairs seen, which foresees no new fall.
+
     :param world_model: the world model
     :param actor: the policy, for the TD target
     :param critic: the critics
@@ -233,29 +236,13 @@ def model_loss(
     loss = config.consistency_coef * consistency + config.reward_coef * reward + config.value_coef * value
     terms = {"consistency_loss": consistency, "reward_loss": reward, "critic_loss": value}
     if world_model.termination is not None:
-        logits = world_model.termination(predicted)
-        termination = masked_mean(F.binary_cross_entropy_with_logits(logits, terminations, reduction="none"), valid, weights)
+        logits = world_model.termination(th.stack([predicted.detach(), next_latents]))
+        termination_losses = F.binary_cross_entropy_with_logits(logits, terminations.expand_as(logits), reduction="none")
+        termination = masked_mean(termination_losses, valid, weights).mean()
         loss = loss + config.termination_coef * termination
         terms["termination_loss"] = termination
-        # the planner's own threshold: more likely than not
-        foreseen, met = (logits > 0.0) & valid, (terminations > 0.5) & valid
-        for name, counted in (("foreseen", foreseen), ("met", met), ("both", foreseen & met)):
-            terms[f"terminations_{name}"] = counted.float().sum()
     terms["model_loss"] = loss
     return loss, latents.detach(), {name: term.detach() for name, term in terms.items()}
-
-
-def termination_scores(terms: dict[str, float]) -> dict[str, float]:
-    """
-    Turn the counts of terminations into what is logged.
-
-    :param terms: sums or means of :func:`model_loss`'s terms; its counts are taken out
-    :return: ``termination_precision``, the part of the foreseen terminations that were met, and ``termination_recall``,
-        the part of the met ones that were foreseen; without those that nothing was counted for
-    """
-    foreseen, met, both = (terms.pop(f"terminations_{name}", 0.0) for name in ("foreseen", "met", "both"))
-    scores = {"termination_precision": (both, foreseen), "termination_recall": (both, met)}
-    return {name: part / whole for name, (part, whole) in scores.items() if whole > 0.0}
 
 
 def update_scale(scale: th.Tensor, values: th.Tensor, tau: float) -> th.Tensor:

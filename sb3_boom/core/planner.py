@@ -116,12 +116,14 @@ class Plan(NamedTuple):
     :param planner_std: std of the first step's final distribution, ``σ_β``, ``[E, A]``
     :param mean: mean of the final distribution, the next plan's warm start, ``[E, H, A]``
     :param exploratory_action: the planner action with exploration noise, clamped, ``[E, A]``
+    :param value: value of the best elite, ``[E]``
     """
 
     planner_action: th.Tensor
     planner_std: th.Tensor
     mean: th.Tensor
     exploratory_action: th.Tensor
+    value: th.Tensor
 
 
 def draw_noise(
@@ -194,8 +196,8 @@ def trajectory_values(
     """
     Value of action sequences: ``Σ_t γ^t alive_t R_t + γ^H alive_H avg(Q_i, Q_j)(z_H, π(z_H))``.
 
-    ``alive_t`` turns 0 for good once a termination is predicted with more than even odds, provided that terminations
-    have been seen at all.
+    ``alive_t = Π_{s<=t} (1 - p_s)`` is the probability that no step before ended the episode, ``p_s`` the predicted one of
+    a termination on reaching ``z_s``; it is 1 as long as no terminations have been seen at all.
 
     :param world_model: the world model
     :param actor: the policy
@@ -220,8 +222,7 @@ def trajectory_values(
     alive = th.ones_like(q_final)
     ended = th.zeros_like(rewards)
     if world_model.termination is not None:
-        # a logit above 0 is a probability above one half
-        ended = (world_model.termination(rollout[1:]) > 0.0).float() * terminations_seen
+        ended = world_model.termination(rollout[1:]).sigmoid() * terminations_seen
     for t in range(config.horizon):
         value = value + config.gamma**t * alive * rewards[t]
         alive = alive * (1.0 - ended[t])
@@ -242,7 +243,7 @@ def refine(
     terminal_noise: th.Tensor,
     critic_pair: th.Tensor,
     terminations_seen: th.Tensor,
-) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
     """
     One iteration: sample, score, keep the elites, fit mean and std to them.
 
@@ -258,7 +259,8 @@ def refine(
     :param terminal_noise: standard normal ``[E, N, A]``
     :param critic_pair: ``[2]`` int64
     :param terminations_seen: scalar tensor, 0 or 1
-    :return: new mean and std ``[H, E, A]``, the elites' first actions ``[E, K, A]`` and weights ``[E, K]``, best first
+    :return: new mean and std ``[H, E, A]``, the elites' first actions ``[E, K, A]`` and weights ``[E, K]``, best first, and
+        the best one's value ``[E]``
     """
     sampled = (mean.unsqueeze(2) + std.unsqueeze(2) * candidate_noise).clamp(-1.0, 1.0)
     actions = th.cat([policy_actions, sampled], dim=2)
@@ -277,7 +279,7 @@ def refine(
     w = weights[None, :, :, None]
     mean = (w * elites).sum(dim=2)
     std = (w * (elites - mean.unsqueeze(2)).square()).sum(dim=2).sqrt().clamp(config.min_std, config.max_std)
-    return mean, std, elites[0], weights
+    return mean, std, elites[0], weights, best.squeeze(1)
 
 
 def plan(
@@ -308,12 +310,13 @@ def plan(
     mean = th.cat([mean[1:], th.zeros_like(mean[:1])])
     std = th.full_like(mean, config.max_std)
     for i in range(config.n_iterations):
-        mean, std, first_actions, weights = refine(
+        mean, std, first_actions, weights, value = refine(
             world_model, actor, critic, config, z, policy_actions, mean, std,
             noise.candidates[i], noise.terminal[i], noise.critic_pairs[i], terminations_seen,
         )  # fmt: skip
     chosen = (weights.log() + noise.elite).argmax(dim=1)
     action = first_actions[th.arange(len(chosen), device=chosen.device), chosen]
     action = th.where(th.isfinite(mean[0]), action, th.nan)
+    value = th.where(th.isfinite(value), value, th.nan)
     exploratory = (action + std[0] * noise.exploration).clamp(-1.0, 1.0)
-    return Plan(action, std[0], mean.transpose(0, 1), exploratory)
+    return Plan(action, std[0], mean.transpose(0, 1), exploratory, value)

@@ -1,0 +1,87 @@
+"""
+How to act deterministically, on the models of a benchmark's grid: by the heaviest elite, which is `deterministic=True`, by a
+random elite, as the paper evaluates, or by the mean of the planner's last distribution (`make evidence-acting`).
+
+    python benchmarks/acting.py --tasks Hopper-v5 --variants forward_kl --folder logs/evidence/settings --csv acting.csv
+
+Rows that the CSV has already are not made again.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_boom import BOOM, zoo
+from sb3_boom.benchmark.runner import run_folder
+
+COLUMNS = ("task", "variant", "seed", "agent_steps", "acting", "episodes", "mean", "std")
+
+
+class LastMean:
+    """
+    Acts by the first step of the last distribution's mean.
+
+    :param model: whose planner to use
+    """
+
+    def __init__(self, model: BOOM) -> None:
+        self.model = model
+
+    def predict(self, observation, state=None, episode_start=None, deterministic=True):
+        """As :meth:`sb3_boom.BOOM.predict`, of which this takes the next warm start: it holds the distribution's mean."""
+        _, state = self.model.predict(observation, state, episode_start, deterministic=True)
+        return self.model.policy.to_action_space(state[0][:, 0]), state
+
+
+def main() -> None:
+    """Evaluate every checkpoint in every way, and append a row for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", required=True)
+    parser.add_argument("--variants", nargs="+", required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, required=True, help="the grid's")
+    parser.add_argument("--csv", type=Path, required=True, help="where rows are appended")
+    parser.add_argument("--episodes", type=int, default=30)
+    parser.add_argument(
+        "--conf-file", type=Path, default=zoo.hyperparams_file(cpu=True), help="hyperparameter file of the grid"
+    )
+    args = parser.parse_args()
+    zoo.register()
+    done = set()
+    if args.csv.exists():
+        with args.csv.open(newline="") as file:
+            done = {tuple(row[name] for name in COLUMNS[:5]) for row in csv.DictReader(file)}
+    else:
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        args.csv.write_text(",".join(COLUMNS) + "\n")
+    for task in args.tasks:
+        for variant in args.variants:
+            for seed in args.seeds:
+                model = BOOM.load(run_folder(args.folder, task, variant, seed) / "checkpoint" / "model")
+                ways: dict[str, tuple[Any, bool]] = {
+                    "heaviest elite": (model, True),
+                    "random elite": (model, False),
+                    "last mean": (LastMean(model), True),
+                }
+                for acting, (actor, deterministic) in ways.items():
+                    key = (task, variant, str(seed), str(model.num_timesteps), acting)
+                    if key in done:
+                        continue
+                    th.manual_seed(seed)
+                    env = zoo.make_env(task, zoo.entry(args.conf_file, task), seed + 2000, args.episodes)
+                    returns, _ = evaluate_policy(
+                        actor, env, args.episodes, deterministic=deterministic, return_episode_rewards=True
+                    )
+                    row = (*key, args.episodes, f"{np.mean(returns):.2f}", f"{np.std(returns, ddof=1):.2f}")
+                    with args.csv.open("a", newline="") as file:
+                        csv.writer(file, lineterminator="\n").writerow(row)
+                    print(*row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
