@@ -282,6 +282,34 @@ def refine(
     return mean, std, elites[0], weights, best.squeeze(1)
 
 
+def first_distribution(config: PlannerConfig, previous_mean: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Where the first iteration samples: around the last plan, one step later.
+
+    :param config: the planner's settings
+    :param previous_mean: the last plan's mean, ``[E, H, A]``; zeros where an episode starts
+    :return: mean and std, ``[H, E, A]``
+    """
+    mean = previous_mean.transpose(0, 1)
+    mean = th.cat([mean[1:], th.zeros_like(mean[:1])])
+    return mean, th.full_like(mean, config.max_std)
+
+
+def choose(first_actions: th.Tensor, weights: th.Tensor, elite_noise: th.Tensor, mean: th.Tensor) -> th.Tensor:
+    """
+    Draw an elite by its weight, and take its first action.
+
+    :param first_actions: the elites', ``[E, K, A]``
+    :param weights: the elites', ``[E, K]``
+    :param elite_noise: standard Gumbel ``[E, K]``; zeros pick the heaviest
+    :param mean: of the final distribution, ``[H, E, A]``
+    :return: the action ``[E, A]``; NaN for an environment whose plan failed
+    """
+    chosen = (weights.log() + elite_noise).argmax(dim=1)
+    action = first_actions.gather(1, chosen[:, None, None].expand(-1, 1, first_actions.shape[2])).squeeze(1)
+    return th.where(th.isfinite(mean[0]), action, th.nan)
+
+
 def plan(
     world_model: WorldModel,
     actor: Actor,
@@ -306,17 +334,13 @@ def plan(
     :return: the plan. Its entries are NaN for an environment where no value was finite.
     """
     policy_actions = policy_trajectories(world_model, actor, z, noise.policy)
-    mean = previous_mean.transpose(0, 1)
-    mean = th.cat([mean[1:], th.zeros_like(mean[:1])])
-    std = th.full_like(mean, config.max_std)
+    mean, std = first_distribution(config, previous_mean)
     for i in range(config.n_iterations):
         mean, std, first_actions, weights, value = refine(
             world_model, actor, critic, config, z, policy_actions, mean, std,
             noise.candidates[i], noise.terminal[i], noise.critic_pairs[i], terminations_seen,
         )  # fmt: skip
-    chosen = (weights.log() + noise.elite).argmax(dim=1)
-    action = first_actions[th.arange(len(chosen), device=chosen.device), chosen]
-    action = th.where(th.isfinite(mean[0]), action, th.nan)
+    action = choose(first_actions, weights, noise.elite, mean)
     value = th.where(th.isfinite(value), value, th.nan)
     exploratory = (action + std[0] * noise.exploration).clamp(-1.0, 1.0)
     return Plan(action, std[0], mean.transpose(0, 1), exploratory, value)
