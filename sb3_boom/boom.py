@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import os
 import pathlib
 import time
 import warnings
@@ -659,6 +660,20 @@ class BOOM(OffPolicyAlgorithm):
         self.replay_buffer = loaded
         self.fresh_terminations = FreshTerminations()  # newest is another's now
         self._enough_data = False
+
+    def export(self, path: str | os.PathLike, prior_only: bool = False) -> pathlib.Path:
+        """
+        Write policy prior and planner to one ONNX file, for a robot that has numpy and onnxruntime alone.
+
+        :param path: where to; ``.onnx`` is added where there is no suffix
+        :param prior_only: without the planner
+        :return: the file, for :meth:`sb3_boom.deployment.Agent.load`
+        :raises ValueError: if a features extractor can't be exported
+        :raises ImportError: without onnx or onnxscript
+        """
+        from sb3_boom.deployment import export
+
+        return export.export(self, path, prior_only)
 
     @classmethod
     def load(  # type: ignore[override]

@@ -26,6 +26,7 @@ commands, of which the first five take rl_zoo3's options (sb3-boom COMMAND --hel
   list       environments with an entry, and whether they are installed
   benchmark  train a grid of tasks and seeds, and report it beside published results
   bench      measure what a step costs on this machine
+  export     write a trained model to an ONNX file, for a robot
 
 options:
   --cpu        train, optimize, list, benchmark: settings for two CPU cores (boom-cpu.yml), the default without a GPU
@@ -154,10 +155,19 @@ def bench(arguments: list[str]) -> None:
     step.bench(arguments)
 
 
+def export(arguments: list[str]) -> None:
+    """
+    :param arguments: of :func:`sb3_boom.deployment.command.export`
+    """
+    from sb3_boom.deployment import command
+
+    command.export(arguments)
+
+
 BY_ENTRY: dict[str, Callable[[list[str], bool], None]] = dict(
     train=train, optimize=optimize, list=list_environments, benchmark=benchmark
 )
-OTHERS: dict[str, Callable[[list[str]], None]] = dict(enjoy=enjoy, record=record, plot=plot, bench=bench)
+OTHERS: dict[str, Callable[[list[str]], None]] = dict(enjoy=enjoy, record=record, plot=plot, bench=bench, export=export)
 
 
 def _one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:

@@ -243,7 +243,7 @@ class Agent:
             array = np.moveaxis(array, -1, -3)  # as SB3: channels first
         if part["kind"] == "discrete" and array.dtype.kind not in "iub":
             raise ValueError(f"{name} must be whole numbers, not {array.dtype}")
-        if array.shape[-len(shape) :] != shape and shape or array.ndim not in (len(shape), len(shape) + 1):
+        if (array.shape[-len(shape) :] != shape and shape) or array.ndim not in (len(shape), len(shape) + 1):
             raise ValueError(f"{name} must be of shape {shape}, or (n, {str(shape)[1:]} for n robots, not {array.shape}")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(f"{name} is NaN or infinite at index {tuple(np.argwhere(~np.isfinite(array))[0].tolist())}")
@@ -378,7 +378,10 @@ def _session(content: bytes, threads: int) -> Any:
     :return: its session
     :raises _Refused: for a graph that it does not take
     """
-    import onnxruntime  # late: whoever exports, or reads metadata, does not need it
+    try:
+        import onnxruntime  # late: importing this module takes a tenth of the time without
+    except ImportError as error:
+        raise ImportError('an agent needs onnxruntime: pip install "sb3_boom[deploy]"') from error
 
     _bound_memory(onnxruntime)
     options = onnxruntime.SessionOptions()

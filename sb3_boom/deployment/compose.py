@@ -10,18 +10,17 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, inliner, numpy_helper
+from onnx import TensorProto, helper, inliner, numpy_helper, utils
 
 OPSET = 20  # of torch's exporter by default; all of onnxruntime's releases since 1.18 know it
 IR_VERSION = 10
 BATCH = "n_envs"
 
 
-class Shapes(NamedTuple):
+class Sizes(NamedTuple):
     """
     Sizes of a planner.
 
-    :param n_iterations: of a whole plan
     :param horizon: ``H``
     :param n_samples: ``N``
     :param n_policy_samples: ``P``
@@ -30,7 +29,6 @@ class Shapes(NamedTuple):
     :param latent_dim: ``L``
     """
 
-    n_iterations: int
     horizon: int
     n_samples: int
     n_policy_samples: int
@@ -67,23 +65,31 @@ class Weights:
         return self.add(numpy_helper.from_array(np.asarray(value, dtype)))
 
 
+def extract(model: onnx.ModelProto, inputs: list[str], outputs: list[str]) -> onnx.ModelProto:
+    """
+    :param model: several pieces in one
+    :param inputs: one piece's
+    :param outputs: one piece's
+    :return: the piece
+    """
+    if len(model.functions):
+        model = inliner.inline_local_functions(model)
+    return utils.Extractor(model).extract_model(inputs, outputs)
+
+
 def rename(model: onnx.ModelProto, weights: Weights, prefix: str, names: Mapping[str, str]) -> list[onnx.NodeProto]:
     """
     A traced piece as nodes of a larger graph.
 
     :param model: the piece
     :param weights: where its constants go
-    :param prefix: of its inner names
-    :param names: its inputs' and outputs' names in the larger graph
+    :param prefix: of its own names
+    :param names: its inputs' and outputs' names in the larger graph, by their own without the prefix
     :return: its nodes
     """
-    if len(model.functions):
-        model = inliner.inline_local_functions(model)
-    known = {"": "", **names}
+    known = {"": "", **{f"{prefix}.{own}" if prefix else own: name for own, name in names.items()}}
     known.update((tensor.name, weights.add(tensor)) for tensor in model.graph.initializer)
     nodes = []
-    # an output that is another one, or an input, or a constant, needs a node of its own
-    produced = {output for node in model.graph.node for output in node.output}
     for node in model.graph.node:
         copied = onnx.NodeProto()
         copied.CopyFrom(node)
@@ -94,11 +100,8 @@ def rename(model: onnx.ModelProto, weights: Weights, prefix: str, names: Mapping
             raise ValueError(f"a features extractor's control flow ({node.op_type}) can't be exported")
         for of, given in ((copied.input, node.input), (copied.output, node.output)):
             del of[:]
-            of.extend(known.setdefault(name, f"{prefix}.{name}") for name in given)
+            of.extend(known.setdefault(name, f"{prefix}/{name}") for name in given)
         nodes.append(copied)
-    for output in model.graph.output:
-        if output.name not in produced:
-            nodes.append(helper.make_node("Identity", [known[output.name]], [names[output.name]]))
     return nodes
 
 
@@ -131,35 +134,35 @@ def standalone(model: onnx.ModelProto) -> bytes:
     :return: it, cleaned of what tracing left
     """
     weights = Weights()
-    names = {info.name: info.name.split(".", 1)[1] for info in (*model.graph.input, *model.graph.output)}
+    names = {info.name: info.name.split(".", 2)[2] for info in (*model.graph.input, *model.graph.output)}
     inputs = [declared(model, info.name, names[info.name]) for info in model.graph.input]
     outputs = [declared(model, info.name, names[info.name]) for info in model.graph.output]
-    nodes = rename(model, weights, "prior", names)
+    nodes = rename(model, weights, "", names)
     return _finished(nodes, "boom_prior", inputs, outputs, weights.tensors.values())
 
 
-def planner(pieces: Mapping[str, onnx.ModelProto], shapes: Shapes, observations: Sequence[str]) -> bytes:
+def planner(pieces: Mapping[str, onnx.ModelProto], sizes: Sizes, observations: Sequence[str]) -> bytes:
     """
     :param pieces: traced "begin", "refine", "finish" and, with policy trajectories, "trajectories"
-    :param shapes: the planner's
+    :param sizes: the planner's
     :param observations: names of the inputs that are observations
     :return: the graph
     """
-    horizon, n_policy, action_dim = shapes.horizon, shapes.n_policy_samples, shapes.action_dim
+    horizon, n_policy, action_dim = sizes.horizon, sizes.n_policy_samples, sizes.action_dim
     float32, weights = TensorProto.FLOAT, Weights()
     begin = pieces["begin"]
     inputs = [
-        *(declared(begin, f"in.{name}", name) for name in observations),
+        *(declared(begin, f"begin.in.{name}", name) for name in observations),
         value("mean", float32, [BATCH, horizon, action_dim]),
         value("noise.policy", float32, [horizon, BATCH, n_policy, action_dim]),
-        value("noise.candidates", float32, ["n_iterations", horizon, BATCH, shapes.n_samples - n_policy, action_dim]),
-        value("noise.terminal", float32, ["n_iterations", BATCH, shapes.n_samples, action_dim]),
-        value("noise.elite", float32, [BATCH, shapes.n_elites]),
+        value("noise.candidates", float32, ["n_iterations", horizon, BATCH, sizes.n_samples - n_policy, action_dim]),
+        value("noise.terminal", float32, ["n_iterations", BATCH, sizes.n_samples, action_dim]),
+        value("noise.elite", float32, [BATCH, sizes.n_elites]),
         value("noise.critic_pairs", TensorProto.INT64, ["n_iterations", 2]),
     ]
     # what is not given is empty: the default
     given = {
-        "latent": [0, shapes.latent_dim],
+        "latent": [0, sizes.latent_dim],
         "policy_actions": [horizon, 0, n_policy, action_dim],
         "std": [0, horizon, action_dim],
     }
@@ -173,7 +176,10 @@ def planner(pieces: Mapping[str, onnx.ModelProto], shapes: Shapes, observations:
     first, last = weights.constant([0]), weights.constant([1])
     state = ["latent", "mean", "std", "first_actions", "weights"]
     fresh = rename(
-        begin, weights, "begin", {"in.mean": "mean", **{f"in.{n}": n for n in observations}, **{f"out.{n}": f"begin.{n}" for n in state}}
+        begin,
+        weights,
+        "begin",
+        {"in.mean": "mean", **{f"in.{n}": n for n in observations}, **{f"out.{n}": f"begun.{n}" for n in state}},
     )
     # going on, the elites are those of the iterations to come
     resumed = [
@@ -181,9 +187,9 @@ def planner(pieces: Mapping[str, onnx.ModelProto], shapes: Shapes, observations:
         node("Transpose", ["mean"], ["resume.mean"], perm=[1, 0, 2]),
         node("Transpose", ["std"], ["resume.std"], perm=[1, 0, 2]),
         node("Slice", ["mean", first, last, last], ["resume.step"]),
-        node("Expand", ["resume.step", weights.constant([1, shapes.n_elites, 1])], ["resume.first_actions"]),
+        node("Expand", ["resume.step", weights.constant([1, sizes.n_elites, 1])], ["resume.first_actions"]),
         node("Mul", ["noise.elite", weights.constant(0.0, np.float32)], ["resume.zeros"]),
-        node("Add", ["resume.zeros", weights.constant(1.0 / shapes.n_elites, np.float32)], ["resume.weights"]),
+        node("Add", ["resume.zeros", weights.constant(1.0 / sizes.n_elites, np.float32)], ["resume.weights"]),
     ]
     nodes = [
         node("Shape", ["noise.critic_pairs"], ["n_iterations"], start=0, end=1),
@@ -195,14 +201,14 @@ def planner(pieces: Mapping[str, onnx.ModelProto], shapes: Shapes, observations:
             ["goes_on"],
             ["z", *(f"first.{name}" for name in state[1:])],
             then_branch=_branch(resumed, "resume", [f"resume.{name}" for name in state]),
-            else_branch=_branch(fresh, "begin", [f"begin.{name}" for name in state]),
+            else_branch=_branch(fresh, "begin", [f"begun.{name}" for name in state]),
         ),
         node("Identity", ["z"], ["next_latent"]),
     ]
     if n_policy:
         # with no iteration to come they are not needed: that is the prior alone
         drawn = rename(
-            pieces["trajectories"], weights, "drawn",
+            pieces["trajectories"], weights, "trajectories",
             {"in.latent": "z", "in.noise": "noise.policy", "out.policy_actions": "drawn.policy_actions"},
         )  # fmt: skip
         kept = [node("Identity", ["policy_actions"], ["kept.policy_actions"])]
@@ -236,11 +242,11 @@ def planner(pieces: Mapping[str, onnx.ModelProto], shapes: Shapes, observations:
             },
         ),
     ]  # fmt: skip
-    dims = {
+    dims: dict[str, list[int | str]] = {
         "mean": [horizon, BATCH, action_dim],
         "std": [horizon, BATCH, action_dim],
-        "first_actions": [BATCH, shapes.n_elites, action_dim],
-        "weights": [BATCH, shapes.n_elites],
+        "first_actions": [BATCH, sizes.n_elites, action_dim],
+        "weights": [BATCH, sizes.n_elites],
     }
     loop = helper.make_graph(
         body,
@@ -252,18 +258,16 @@ def planner(pieces: Mapping[str, onnx.ModelProto], shapes: Shapes, observations:
         ],
         [value("next.go", TensorProto.BOOL, []), *(value(f"next.{n}", float32, dims[n]) for n in carried)],
     )
-    nodes.append(
-        node("Loop", ["iterations", "", *(f"first.{n}" for n in carried)], [f"last.{n}" for n in carried], body=loop)
-    )
+    nodes.append(node("Loop", ["iterations", "", *(f"first.{n}" for n in carried)], [f"last.{n}" for n in carried], body=loop))
     finish = pieces["finish"]
     names = {f"in.{name}": f"last.{name}" for name in carried} | {"in.elite": "noise.elite"}
     names |= {"out.action": "action", "out.mean": "next_mean", "out.std": "next_std"}
     nodes += rename(finish, weights, "finish", names)
     outputs = [
-        declared(finish, "out.action", "action"),
+        declared(finish, "finish.out.action", "action"),
         value("next_mean", float32, [BATCH, horizon, action_dim]),
         value("next_std", float32, [BATCH, horizon, action_dim]),
-        value("next_latent", float32, [BATCH, shapes.latent_dim]),
+        value("next_latent", float32, [BATCH, sizes.latent_dim]),
         value("next_policy_actions", float32, [horizon, "n_drawn", n_policy, action_dim]),
     ]
     return _finished(nodes, "boom_planner", [*inputs, *optional], outputs, [*defaults, *weights.tensors.values()])

@@ -1,10 +1,11 @@
 """Export a model to ONNX: the policy prior and the planner in one file."""
 
-import copy
+import logging
 import os
 import pathlib
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -15,238 +16,31 @@ from torch import nn
 
 import sb3_boom
 from sb3_boom.core import kernels, planner
-from sb3_boom.deployment import compose, model_file
-from sb3_boom.deployment.layers import make_fast
+from sb3_boom.deployment import model_file
+from sb3_boom.deployment.stages import (
+    SINGLE,
+    Begin,
+    Finish,
+    Normalization,
+    PriorAction,
+    Refine,
+    Trajectories,
+    inference_copy,
+    module_key,
+)
 from sb3_boom.policies import BOOMPolicy
+
+try:
+    import onnx
+
+    from sb3_boom.deployment import compose
+except ImportError as error:
+    raise ImportError('exporting needs onnx and onnxscript: pip install "sb3_boom[export]"') from error
 
 if TYPE_CHECKING:
     from sb3_boom.boom import BOOM
 
 EXAMPLE_BATCH = 2  # what is traced; the exported batch is free
-SINGLE = "observation"  # name of an observation that is no Dict
-
-
-class Normalization(nn.Module):
-    """
-    VecNormalize's normalisation of an observation, in double precision as there.
-
-    :param mean: running mean, the observation's shape
-    :param var: running variance, the observation's shape
-    :param epsilon: added to the variance
-    :param clip: bound of the result
-    """
-
-    mean: th.Tensor
-    std: th.Tensor
-
-    def __init__(self, mean: np.ndarray, var: np.ndarray, epsilon: float, clip: float) -> None:
-        super().__init__()
-        self.register_buffer("mean", th.as_tensor(mean, dtype=th.float64))
-        self.register_buffer("std", th.as_tensor(np.sqrt(var + epsilon), dtype=th.float64))
-        self.clip = float(clip)
-
-    def forward(self, obs: th.Tensor) -> th.Tensor:
-        """
-        :param obs: as the environment gives it, ``[n, ...]``
-        :return: normalised, float32, ``[n, ...]``
-        """
-        return ((obs.double() - self.mean) / self.std).clamp(-self.clip, self.clip).float()
-
-
-class Unscaling(nn.Module):
-    """
-    From [-1, 1] to the action space, as :meth:`sb3_boom.policies.BOOMPolicy.to_action_space`.
-
-    :param space: the action space
-    """
-
-    low: th.Tensor
-    high: th.Tensor
-
-    def __init__(self, space: spaces.Box) -> None:
-        super().__init__()
-        self.register_buffer("low", th.as_tensor(space.low.astype(np.float64)))
-        self.register_buffer("high", th.as_tensor(space.high.astype(np.float64)))
-        self.whole = np.issubdtype(space.dtype, np.integer)
-        self.dtype = getattr(th, str(space.dtype))
-
-    def forward(self, scaled: th.Tensor) -> th.Tensor:
-        """
-        :param scaled: ``[n, A]`` in [-1, 1]
-        :return: ``[n, *action_space.shape]``, within the bounds and of the dtype of the action space
-        """
-        action = self.low + 0.5 * (scaled.reshape(-1, *self.low.shape).double() + 1.0) * (self.high - self.low)
-        if self.whole:
-            action = action.round()
-        return th.minimum(th.maximum(action, self.low), self.high).to(self.dtype)
-
-
-class Prior(nn.Module):
-    """
-    Encoder and squashed mean.
-
-    :param policy: whose networks
-    :param normalization: of some observations, by name
-    """
-
-    def __init__(self, policy: BOOMPolicy, normalization: nn.ModuleDict) -> None:
-        super().__init__()
-        self.policy = policy
-        self.normalization = normalization
-        space = policy.observation_space
-        self.names = list(space.spaces) if isinstance(space, spaces.Dict) else [SINGLE]
-
-    def latent(self, *observations: th.Tensor) -> th.Tensor:
-        """
-        :param observations: by :attr:`names`, as the environment gives them, ``[n, ...]``
-        :return: latents ``[n, L]``
-        """
-        obs = {
-            name: self.normalization[_key(name)](value) if _key(name) in self.normalization else value
-            for name, value in zip(self.names, observations, strict=True)
-        }
-        single = not isinstance(self.policy.observation_space, spaces.Dict)
-        return self.policy.world_model.encode(self.policy.features(obs[SINGLE] if single else obs))
-
-    def action(self, z: th.Tensor) -> th.Tensor:
-        """
-        :param z: latents ``[n, L]``
-        :return: the policy's squashed mean, ``[n, A]`` in [-1, 1]
-        """
-        return self.policy.actor.sample(z, th.zeros((), device=z.device))
-
-    def forward(self, *observations: th.Tensor) -> th.Tensor:
-        """
-        :param observations: see :meth:`latent`
-        :return: ``[n, A]`` in [-1, 1]
-        """
-        return self.action(self.latent(*observations))
-
-
-class Begin(Prior):
-    """What is done once for every plan: the latent, the prior's action, and where the first iteration samples."""
-
-    def forward(self, mean: th.Tensor, *observations: th.Tensor) -> tuple[th.Tensor, ...]:  # type: ignore[override]
-        """
-        :param mean: the warm start, ``[n, H, A]``
-        :param observations: see :meth:`latent`
-        :return: latents ``[n, L]``, mean and std ``[H, n, A]``, the prior's action as the elites' first ones ``[n, K, A]``,
-            and their weights ``[n, K]``
-        """
-        z = self.latent(*observations)
-        config = self.policy.planner_config
-        elites = self.action(z).unsqueeze(1).expand(-1, config.n_elites, -1)
-        weights = th.full_like(elites[:, :, 0], 1.0 / config.n_elites)
-        return z, *planner.first_distribution(config, mean), elites, weights
-
-
-class Trajectories(nn.Module):
-    """
-    The policy's own trajectories.
-
-    :param policy: whose networks
-    """
-
-    def __init__(self, policy: BOOMPolicy) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(self, z: th.Tensor, noise: th.Tensor) -> th.Tensor:
-        """
-        :param z: latents ``[n, L]``
-        :param noise: ``[H, n, P, A]``
-        :return: actions ``[H, n, P, A]``
-        """
-        return planner.policy_trajectories(self.policy.world_model, self.policy.actor, z, noise)
-
-
-class Refine(nn.Module):
-    """
-    One iteration of the planner.
-
-    :param policy: whose networks
-    """
-
-    def __init__(self, policy: BOOMPolicy) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(self, *args: th.Tensor) -> tuple[th.Tensor, ...]:
-        """
-        :param args: latents, policy trajectories, mean, std, candidates' noise, terminal noise, pair of critics, as
-            :func:`sb3_boom.core.planner.refine`
-        :return: mean, std, the elites' first actions, their weights
-        """
-        policy = self.policy
-        return planner.refine(
-            policy.world_model, policy.actor, policy.critic, policy.planner_config, *args, policy.terminations_seen
-        )[:4]
-
-
-class Finish(nn.Module):
-    """
-    The action, and the next warm start.
-
-    :param policy: whose action space
-    """
-
-    def __init__(self, policy: BOOMPolicy) -> None:
-        super().__init__()
-        assert isinstance(policy.action_space, spaces.Box)
-        self.unscaling = Unscaling(policy.action_space)
-
-    def forward(
-        self, first_actions: th.Tensor, weights: th.Tensor, noise: th.Tensor, mean: th.Tensor, std: th.Tensor
-    ) -> tuple[th.Tensor, ...]:
-        """
-        :param first_actions: the elites', ``[n, K, A]``
-        :param weights: the elites', ``[n, K]``
-        :param noise: Gumbel ``[n, K]``
-        :param mean: ``[H, n, A]``
-        :param std: ``[H, n, A]``
-        :return: action ``[n, *action_space.shape]``, mean and std ``[n, H, A]``
-        """
-        action = planner.choose(first_actions, weights, noise, mean)
-        return self.unscaling(action), mean.transpose(0, 1), std.transpose(0, 1)
-
-
-class PriorAction(Prior):
-    """The prior alone, to the environment's action."""
-
-    def __init__(self, policy: BOOMPolicy, normalization: nn.ModuleDict) -> None:
-        super().__init__(policy, normalization)
-        assert isinstance(policy.action_space, spaces.Box)
-        self.unscaling = Unscaling(policy.action_space)
-
-    def forward(self, *observations: th.Tensor) -> th.Tensor:
-        """
-        :param observations: see :meth:`Prior.latent`
-        :return: ``[n, *action_space.shape]``
-        """
-        return self.unscaling(super().forward(*observations))
-
-
-def _key(name: str) -> str:
-    """A ModuleDict's keys have no dots. :param name: of an observation"""
-    return "of_" + name.replace(".", "\N{ONE DOT LEADER}")
-
-
-def inference_copy(policy: BOOMPolicy) -> BOOMPolicy:
-    """
-    :param policy: a policy
-    :return: the same on the CPU, without gradients or optimizers, of layers that onnxruntime runs fast
-    """
-    with th.no_grad():
-        bare = copy.copy(policy)
-        bare.__dict__ = {key: value for key, value in policy.__dict__.items() if not isinstance(value, th.optim.Optimizer)}
-        bare = copy.deepcopy(bare).cpu()
-    bare.requires_grad_(False)
-    nn.Module.train(bare, False)
-    for name in ("world_model", "actor", "critic"):
-        setattr(bare, name, make_fast(getattr(bare, name)))
-    if not float(bare.terminations_seen):
-        bare.world_model.termination = None  # it never takes part
-    return bare
 
 
 def observation_inputs(space: spaces.Space, normalized: set[str]) -> dict[str, dict[str, Any]]:
@@ -284,6 +78,8 @@ def metadata(policy: BOOMPolicy, inputs: dict[str, Any], normalizer: VecNormaliz
     """
     space, config = policy.action_space, policy.planner_config
     assert isinstance(space, spaces.Box)
+    if str(space.dtype) not in model_file.DTYPES:
+        raise ValueError(f"actions of dtype {space.dtype} can't be exported, only of {', '.join(model_file.DTYPES)}")
     told: dict[str, Any] = dict(
         format_version=model_file.FORMAT_VERSION,
         kind="prior" if prior_only else "planner",
@@ -328,7 +124,7 @@ def _normalization(normalizer: VecNormalize | None, names: list[str]) -> nn.Modu
     for name in names:
         assert normalizer is not None
         statistics = normalizer.obs_rms[name] if isinstance(normalizer.obs_rms, dict) else normalizer.obs_rms
-        modules[_key(name)] = Normalization(statistics.mean, statistics.var, normalizer.epsilon, normalizer.clip_obs)
+        modules[module_key(name)] = Normalization(statistics.mean, statistics.var, normalizer.epsilon, normalizer.clip_obs)
     return modules
 
 
@@ -354,101 +150,170 @@ def build(
         th.zeros(EXAMPLE_BATCH, *part["shape"], dtype=getattr(th, part["dtype"])) for part in inputs.values()
     ]  # fmt: skip
     batch = th.export.Dim("n_envs")
-    of_observations = tuple({0: batch} for _ in examples)
     observation_names = [model_file.input_name(name, told["dict_observation"]) for name in inputs]
-    loaded, kernels.loaded = kernels.loaded, False  # torch.export is a compiler too, and onnxruntime has no such kernel
-    try:
-        if prior_only:
-            module = PriorAction(policy, normalization)
-            piece = trace(module, tuple(examples), (of_observations,), observation_names, ["action"])
-            return model_file.with_metadata(compose.standalone(piece), told)
-        pieces = _planner_pieces(policy, normalization, examples, batch, observation_names)
-    finally:
-        kernels.loaded = loaded
+    shapes = [{0: batch} for _ in examples]
+    if prior_only:
+        parts = {"prior": Part(PriorAction(policy, normalization), examples, shapes, observation_names, ["action"])}
+        return model_file.with_metadata(compose.standalone(trace(parts)["prior"]), told)
+    parts = _planner_parts(policy, normalization, examples, batch, observation_names)
     config = policy.planner_config
-    shapes = compose.Shapes(
-        config.n_iterations, config.horizon, config.n_samples, config.n_policy_samples, config.n_elites,
-        policy.action_dim, policy.latent_dim,
-    )  # fmt: skip
-    return model_file.with_metadata(compose.planner(pieces, shapes, observation_names), told)
+    sizes = compose.Sizes(
+        config.horizon, config.n_samples, config.n_policy_samples, config.n_elites, policy.action_dim, policy.latent_dim
+    )
+    return model_file.with_metadata(compose.planner(trace(parts), sizes, observation_names), told)
 
 
-def _planner_pieces(
+class Part(NamedTuple):
+    """
+    A part of a plan, to be traced.
+
+    :param module: a function of tensors
+    :param args: example arguments, no tensor twice: torch would take it for one input
+    :param shapes: of each argument, which dimension is the batch
+    :param inputs: names
+    :param outputs: names
+    """
+
+    module: nn.Module
+    args: Sequence[th.Tensor]
+    shapes: Sequence[dict[int, Any] | None]
+    inputs: list[str]
+    outputs: list[str]
+
+
+class Together(nn.Module):
+    """
+    Several parts as one function, since to start torch's exporter takes longer than to trace one.
+
+    :param parts: by name
+    """
+
+    def __init__(self, parts: Mapping[str, Part]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(part.module for part in parts.values())
+        self.counts = [len(part.args) for part in parts.values()]
+
+    def forward(self, *args: th.Tensor) -> tuple[th.Tensor, ...]:
+        """
+        :param args: all parts' arguments
+        :return: all parts' outputs
+        """
+        outputs: list[th.Tensor] = []
+        for module, count in zip(self.parts, self.counts, strict=True):
+            output = module(*args[:count])
+            outputs += output if isinstance(output, tuple) else (output,)
+            args = args[count:]
+        return tuple(outputs)
+
+
+def _planner_parts(
     policy: BOOMPolicy, normalization: nn.ModuleDict, examples: list[th.Tensor], batch: Any, observation_names: list[str]
-) -> dict[str, Any]:
+) -> dict[str, Part]:
     config, n = policy.planner_config, EXAMPLE_BATCH
     horizon, n_policy, action_dim = config.horizon, config.n_policy_samples, policy.action_dim
-    z, mean = th.zeros(n, policy.latent_dim), th.zeros(horizon, n, action_dim)
-    trajectories = th.zeros(horizon, n, n_policy, action_dim)
-    candidates = th.zeros(horizon, n, config.n_samples - n_policy, action_dim)
-    terminal = th.zeros(n, config.n_samples, action_dim)
-    elites, weights = th.zeros(n, config.n_elites, action_dim), th.ones(n, config.n_elites)
     first, second = {0: batch}, {1: batch}
     state, best = ["mean", "std"], ["first_actions", "weights"]
-    pieces = {
-        "begin": trace(
+
+    def of_steps(*sizes: int) -> th.Tensor:
+        return th.zeros(horizon, n, *sizes, action_dim)
+
+    parts = {
+        "begin": Part(
             Begin(policy, normalization),
-            (mean.transpose(0, 1), *examples),
-            (first, tuple(first for _ in examples)),
+            [th.zeros(n, horizon, action_dim), *examples],
+            [first for _ in (None, *examples)],
             ["mean", *observation_names],
             ["latent", *state, *best],
         ),
-        "refine": trace(
+        "refine": Part(
             Refine(policy),
-            (z, trajectories, mean, mean + 1.0, candidates, terminal, th.tensor([0, 1])),
-            ((first, second, second, second, second, first, None),),
+            [
+                th.zeros(n, policy.latent_dim),
+                *(of_steps(n_policy), of_steps(), of_steps(), of_steps(config.n_samples - n_policy)),
+                th.zeros(n, config.n_samples, action_dim),
+                th.tensor([0, 1]),
+            ],
+            [first, second, second, second, second, first, None],
             ["latent", "policy_actions", *state, "candidates", "terminal", "pair"],
             [*state, *best],
         ),
-        "finish": trace(
+        "finish": Part(
             Finish(policy),
-            (elites, weights, weights + 0.0, mean, mean + 1.0),  # torch takes one tensor given twice for one input
-            (first, first, first, second, second),
+            [
+                th.zeros(n, config.n_elites, action_dim),
+                *(th.ones(n, config.n_elites), th.zeros(n, config.n_elites)),
+                *(of_steps(), of_steps()),
+            ],
+            [first, first, first, second, second],
             [*best, "elite", *state],
             ["action", *state],
         ),
     }
     if n_policy:
-        pieces["trajectories"] = trace(
-            Trajectories(policy), (z, trajectories), (first, second), ["latent", "noise"], ["policy_actions"]
+        parts["trajectories"] = Part(
+            Trajectories(policy),
+            [th.zeros(n, policy.latent_dim), of_steps(n_policy)],
+            [first, second],
+            ["latent", "noise"],
+            ["policy_actions"],
         )
-    return pieces
+    return parts
 
 
-def trace(module: nn.Module, args: tuple, dynamic_shapes: Any, inputs: list[str], outputs: list[str]) -> Any:
+def trace(parts: Mapping[str, Part]) -> dict[str, onnx.ModelProto]:
     """
-    :param module: a function of tensors
-    :param args: example arguments
-    :param dynamic_shapes: as :func:`torch.export.export`'s
-    :param inputs: names, which begin with ``in.`` in the model: torch looks not whether an inner one is the same
-    :param outputs: names, with ``out.`` before them
-    :return: its ONNX model
-    :raises ValueError: if torch can't export it
+    :param parts: by name
+    :return: their ONNX models, whose inputs' names begin with the part's name and ``.in.``, and outputs' with ``.out.``:
+        torch does not look whether an inner value is called the same
+    :raises ValueError: if torch can't export them
     """
+    ends = {
+        name: ([f"{name}.in.{i}" for i in part.inputs], [f"{name}.out.{o}" for o in part.outputs])
+        for name, part in parts.items()
+    }
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    loaded, kernels.loaded = kernels.loaded, False  # torch.export is a compiler too, and onnxruntime has no such kernel
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about torch's own future
+            warnings.simplefilter("ignore")  # about torch's own future,
+            logger.setLevel(logging.ERROR)  # and packages of other fields that are not installed
             program = th.onnx.export(
-                module, args, dynamo=True, dynamic_shapes=dynamic_shapes, external_data=False, optimize=True, verbose=False,
-                input_names=[f"in.{name}" for name in inputs], output_names=[f"out.{name}" for name in outputs],
+                Together(parts),
+                tuple(arg for part in parts.values() for arg in part.args),
+                input_names=[name for inputs, _ in ends.values() for name in inputs],
+                output_names=[name for _, outputs in ends.values() for name in outputs],
                 opset_version=compose.OPSET,
-            )  # fmt: skip
+                dynamo=True,
+                external_data=False,
+                dynamic_shapes=(tuple(shape for part in parts.values() for shape in part.shapes),),
+                verbose=False,
+            )
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # torch's exporter has no common error of its own
         reason = (str(error.__cause__ or error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"torch can't export {type(module).__name__}, a features extractor perhaps: {reason}") from error
+        raise ValueError(f"torch can't export these networks, a features extractor perhaps: {reason}") from error
+    finally:
+        logger.setLevel(level)
+        kernels.loaded = loaded
+    assert program is not None
     model = program.model_proto
-    if not all(any(dim.dim_param for dim in info.type.tensor_type.shape.dim) for info in model.graph.output):
-        raise ValueError(
-            f"{type(module).__name__} was traced for a batch of {EXAMPLE_BATCH} alone: let the features extractor take the "
-            "batch's size from x.shape[0], not from len(x)"
-        )
-    return model
+    for info in model.graph.output:
+        if not any(dim.dim_param for dim in info.type.tensor_type.shape.dim):
+            raise ValueError(
+                f"a batch of {EXAMPLE_BATCH} is fixed in the networks: let a features extractor take the batch's size from "
+                f"x.shape[0], not from len(x) ({info.name})"
+            )
+    return {name: compose.extract(model, *ends[name]) for name in parts}
 
 
 def export(
-    model: "BOOM", path: str | os.PathLike, prior_only: bool = False, normalizer: VecNormalize | None = None
+    model: "BOOM",
+    path: str | os.PathLike,
+    prior_only: bool = False,
+    normalizer: VecNormalize | None = None,
+    env_id: str | None = None,
 ) -> pathlib.Path:
     """
     Write a model's policy prior and planner to one ONNX file.
@@ -457,11 +322,12 @@ def export(
     :param path: where to; ``.onnx`` is added where there is no suffix
     :param prior_only: without the planner
     :param normalizer: whose normalisation of observations becomes part of the graph. Default: the model's own environment's
+    :param env_id: to tell in the file. Default: the model's own environment's
     :return: the file, for :meth:`sb3_boom.deployment.Agent.load`
     :raises ValueError: if a features extractor can't be exported
     :raises ImportError: without onnx or onnxscript
     """
-    about = dict(env_id=environment_id(model), num_timesteps=model.num_timesteps, n_updates=model._n_updates)
+    about = dict(env_id=env_id or environment_id(model), num_timesteps=model.num_timesteps, n_updates=model._n_updates)
     return write(path, build(model.policy, normalizer or model.get_vec_normalize_env(), prior_only, about))
 
 

@@ -159,5 +159,3 @@ def make_fast(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         setattr(module, name, make_fast(child))
     return module
-
-

@@ -30,7 +30,7 @@ TENSOR = {1: "dims", 2: "data_type", 4: "float_data", 5: "int32_data", 7: "int64
 # bytes of a number, by TensorProto's data types
 ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 KINDS = ("planner", "prior")
-DTYPES = ("float32", "float64", "int8", "int16", "int32", "int64", "uint8")
+DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8")
 MAX_ELEMENTS = 2**24  # of an observation or action
 
 
@@ -283,7 +283,10 @@ def _is_shape(shape: Any) -> bool:
 
 
 def _check_metadata(told: Mapping[str, Any]) -> None:
-    """:param told: the metadata, of the right version :raises ValueError: if what an agent uses of it is not what it must be"""
+    """
+    :param told: the metadata, of the right version
+    :raises ValueError: if what an agent uses of it is not what it must be
+    """
     _need(told.get("kind") in KINDS, "its kind")
     _need(isinstance(told.get("dict_observation"), bool), "dict_observation")
     observation, action = told.get("observation"), told.get("action")
