@@ -247,8 +247,10 @@ class Agent:
             raise ValueError(f"{name} must be of shape {shape}, or (n, {str(shape)[1:]} for n robots, not {array.shape}")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(f"{name} is NaN or infinite at index {tuple(np.argwhere(~np.isfinite(array))[0].tolist())}")
-        if part["kind"] == "discrete" and not ((array >= 0) & (array < np.reshape(part["n"], shape or 1))).all():
-            raise ValueError(f"{name} must be at least 0 and below {part['n']}, not {array}")
+        if part["kind"] == "discrete":
+            limit = np.reshape(part["n"], shape) if len(part["n"]) > 1 else part["n"][0]
+            if not ((array >= 0) & (array < limit)).all():
+                raise ValueError(f"{name} must be at least 0 and below {limit}, not {array}")
         vectorized = array.ndim > len(shape)
         return np.ascontiguousarray(array if vectorized else array[None], part["dtype"]), vectorized
 
@@ -280,13 +282,14 @@ class Agent:
         return {f"noise.{name}": value for name, value in noise.items()}
 
     def _plan_until(
-        self, end: float, batch: dict[str, np.ndarray], mean: np.ndarray, deterministic: bool
+        self, end: float, batch: dict[str, np.ndarray], mean: np.ndarray, deterministic: bool, options: Any = None
     ) -> dict[str, np.ndarray]:
         """
         :param end: when the plan must be there, as :func:`time.perf_counter`
         :param batch: the graph's observations
         :param mean: the warm start
         :param deterministic: see :meth:`predict`
+        :param options: onnxruntime's, of every run
         :return: what the graph gave after the last iteration that was sure to end in time
         """
         outputs = self._prior(batch, mean)
@@ -296,7 +299,7 @@ class Agent:
         while self.iterations_done < self._settings["n_iterations"] and now + HEADROOM * self._slowest < end:
             step = slice(self.iterations_done, self.iterations_done + 1)
             one = {f"noise.{name}": noise[f"noise.{name}"][step] for name in ("candidates", "terminal", "critic_pairs")}
-            outputs = self._run({**batch, **noise, **one, **_state(outputs)})
+            outputs = self._run({**batch, **noise, **one, **_state(outputs)}, options)
             self.iterations_done += 1
             before, now = now, time.perf_counter()
             self._slowest = max(now - before, FORGETTING * self._slowest)
@@ -340,16 +343,15 @@ class Agent:
         }
         action = self.metadata["action"]
         for _ in range(2):
-            deadline, self.deadline_ms = self.deadline_ms, None
-            outputs = _bounded(lambda options: self._run(batch if not self.plans else self._cold(batch), options))
-            self.deadline_ms = deadline
+            outputs = _bounded(lambda options: self._run(self._cold(batch) if self.plans else batch, options))
             result = outputs["action"]
             if result.shape != (1, *action["shape"]) or result.dtype != np.dtype(action["dtype"]):
                 raise _Refused(f"its action is {result.dtype} of shape {result.shape}, not what its metadata says")
         if self.plans and not np.isfinite(outputs["next_mean"]).all():
             raise _Refused("its networks give no finite value")
         if self.plans:
-            _bounded(lambda _: self._plan_until(np.inf, batch, np.zeros_like(outputs["next_mean"]), deterministic=True))
+            cold = np.zeros_like(outputs["next_mean"])
+            _bounded(lambda options: self._plan_until(np.inf, batch, cold, True, options))
 
     def _cold(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         mean = np.zeros((1, self._settings["horizon"], self._settings["action_dim"]), np.float32)

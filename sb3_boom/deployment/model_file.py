@@ -17,7 +17,8 @@ FORMAT_VERSION = 1
 KEY = "sb3_boom"  # of the metadata
 MAX_BYTES = 2**31  # protocol buffers end there
 MAX_METADATA_BYTES = 2**20
-MAX_NOISE = 2**27  # numbers drawn for one robot's plan
+MAX_NOISE = 2**25  # numbers drawn for one robot's plan
+MAX_STEPS = 1000  # of a plan, either way
 MAX_NODES = 100_000
 MAX_DEPTH = 4  # of graphs in graphs
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
@@ -317,8 +318,10 @@ def _are_numbers(values: Any, n: int) -> bool:
 def _check_planner(settings: Any, action_dim: int) -> None:
     if not isinstance(settings, dict):
         raise ValueError("its metadata is wrong about planner")
-    for name in ("horizon", "n_samples", "n_elites", "n_iterations", "latent_dim"):
+    for name in ("n_samples", "n_elites", "latent_dim"):
         _need(_whole(settings.get(name), 1, 2**20), f"planner.{name}")
+    for name in ("horizon", "n_iterations"):
+        _need(_whole(settings.get(name), 1, MAX_STEPS), f"planner.{name}")
     _need(settings.get("action_dim") == action_dim, "planner.action_dim")
     _need(_whole(settings.get("n_policy_samples"), 0, settings["n_samples"]), "planner.n_policy_samples")
     _need(settings["n_elites"] <= settings["n_samples"], "planner.n_elites")
