@@ -23,6 +23,7 @@ from sb3_boom.core import losses
 from sb3_boom.policies import BOOMPolicy
 
 FORMAT_VERSION = 2  # of saved archives; 1: compile, tf32 and encoder_lr_scale beside policy_kwargs, no preset
+MAX_DATA_BYTES = 2**28  # of an archive's settings; a replay buffer has a file of its own
 GATE_WARNING_STEPS = 50_000
 # arguments of the policy that the algorithm passes on
 OWNED_BY_BOOM = ("handle_terminations", "planner", "planner_kwargs", "horizon", "gamma")
@@ -164,8 +165,11 @@ def check_archive(path: str | pathlib.Path | io.BufferedIOBase) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             names = set(archive.namelist())
-            version = json.loads(archive.read("data")).get("format_version") if "data" in names else None
-    except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError) as error:
+            if "data" in names and archive.getinfo("data").file_size > MAX_DATA_BYTES:
+                raise ValueError(f"{path} is no BOOM model: its settings unpack to more than {MAX_DATA_BYTES} bytes")
+            data = json.loads(archive.read("data")) if "data" in names else None
+            version = data.get("format_version") if isinstance(data, dict) else None
+    except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no BOOM model: it is not a readable zip archive ({error})") from error
     finally:
         if isinstance(path, (str, pathlib.Path)):

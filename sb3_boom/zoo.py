@@ -21,6 +21,8 @@ from sb3_boom.presets import choose_preset
 
 OF_THE_ENVIRONMENT = ("n_envs", "n_timesteps", "env_wrapper", "env_kwargs", "frame_stack")
 ENVIRONMENT_PACKAGES = ("shimmy", "humanoid_bench")  # they register their environments when imported
+MAX_YAML_BYTES = 2**20
+MAX_YAML_ITEMS = 100_000
 MISSING = {
     "dm_control/": 'dm_control is missing: pip install "sb3_boom[dmc]" (Python 3.12 at most)',
     "h1hand-": "Humanoid-Bench is missing, and is on no package index: docs/zoo.md has the recipe",
@@ -40,12 +42,52 @@ def hyperparams_file(cpu: bool = False) -> Path:
     return in_package if in_package.exists() else Path(__file__).parents[1] / "zoo_hyperparams" / name
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """
+    A hyperparameter file, as data: no tag in it makes an object, and it may not grow far beyond what was written.
+
+    :param path: hyperparameter file in rl_zoo3's format
+    :return: what is in it
+    :raises ValueError: if it is no mapping, no YAML, or larger than :data:`MAX_YAML_BYTES` or :data:`MAX_YAML_ITEMS`
+    """
+    with path.open("rb") as file:
+        text = file.read(MAX_YAML_BYTES + 1)
+    if len(text) > MAX_YAML_BYTES:
+        raise ValueError(f"{path} has more than {MAX_YAML_BYTES} bytes: no hyperparameter file is so large")
+    try:
+        # before anything is made of it: a merge of aliases of merges is written out while loading
+        count = _count(yaml.compose(text, yaml.SafeLoader), {})
+        entries = yaml.safe_load(text) if count <= MAX_YAML_ITEMS else None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path} can't be read as YAML: {error or type(error).__name__}") from error
+    if count > MAX_YAML_ITEMS:  # an alias is a word, and what it stands for as large as one likes
+        raise ValueError(f"{path} has aliases that make it more than {MAX_YAML_ITEMS} items")
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} is no hyperparameter file: it must map environments to settings")
+    return entries
+
+
+def _count(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """
+    :param node: of a YAML file
+    :param known: sizes by identity; what is within itself counts as too large
+    :return: how many items it is when written out
+    """
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MAX_YAML_ITEMS + 1
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_count(part, known) for part in parts)
+    return known[id(node)]
+
+
 def read_hyperparams(path: Path) -> dict[str, dict[str, Any]]:
     """
     :param path: hyperparameter file in rl_zoo3's format
     :return: the entries by environment id, without ``default``
     """
-    entries = yaml.safe_load(path.read_text())
+    entries = read_yaml(path)
     return {env_id: entry for env_id, entry in entries.items() if env_id != "default"}
 
 
@@ -56,7 +98,7 @@ def entry(path: Path, env_id: str) -> dict[str, Any]:
     :return: the environment's entry, else ``default``
     :raises ValueError: if there is neither
     """
-    entries = yaml.safe_load(path.read_text())
+    entries = read_yaml(path)
     if env_id not in entries and "default" not in entries:
         raise ValueError(f"{path} has no entry for {env_id}, only for {', '.join(entries)}")
     return dict(entries.get(env_id) or entries["default"])

@@ -297,7 +297,7 @@ def test_metadata_says_what_a_runner_must_know(vector):
 
 
 def test_compiled_model_exports_without_its_kernels(vector, tmp_path, monkeypatch):
-    model, path = vector
+    model, _ = vector
     monkeypatch.setattr(kernels, "loaded", True)  # torch.export is taken for a compiler
     parameters = {name: value.clone() for name, value in model.policy.state_dict().items()}
     exported = model.export(tmp_path / "again", prior_only=True)
@@ -322,7 +322,7 @@ def test_extractor_that_fixes_the_batch_is_refused(tmp_path):
 
 
 def test_agent_is_evaluated_as_a_model(vector):
-    model, path = vector
+    _, path = vector
     env = DummyVecEnv([lambda: gym.wrappers.TimeLimit(Env(KINDS["vector"]["space"], KINDS["vector"]["actions"]), 3)] * 2)
     assert evaluate_policy(Agent.load(path), env, n_eval_episodes=2, warn=False) == (0.0, 0.0)
 

@@ -1,9 +1,12 @@
 """A Markdown page of a benchmark's CSVs beside published results: tables, curves, interquartile means."""
 
+import re
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import matplotlib
 import numpy as np
@@ -179,7 +182,7 @@ def write(paths: Sequence[Path], output: Path, only: Sequence[str] | None = None
         if (task, variant) not in last:
             problems.append(f"{task} {variant}: its seeds have no step in common; it is in the curves alone")
     lines = [
-        f"# {output.stem.capitalize()}",
+        f"# {escaped(output.stem.capitalize())}",
         "",
         "Last evaluation that all seeds of a row reached; mean and sample standard deviation over seeds. The policy prior is",
         "the policy without planning. A variant is named for its alignment, or for what differs from its hyperparameter file.",
@@ -191,20 +194,49 @@ def write(paths: Sequence[Path], output: Path, only: Sequence[str] | None = None
         planner, prior = (np.array([getattr(row, name) for row in runs]) for name in ("planner_return", "prior_return"))
         each = ", ".join(f"{value:.0f}" for value in planner)
         lines.append(
-            f"| {task} | {variant} | {runs[0].agent_steps:,} | {runs[0].env_steps:,} | {len(runs)} "
+            f"| {escaped(task)} | {escaped(variant)} | {runs[0].agent_steps:,} | {runs[0].env_steps:,} | {len(runs)} "
             f"| {_mean_and_std(planner)} | {_mean_and_std(prior)} | {each} |"
         )
     lines += _beside_published(last)
     lines += _aggregates(last)
     lines += ["", "## Curves", ""]
     for task in tasks:
-        image = output.parent / f"{output.stem}-{task.replace('/', '-')}.png"
+        image = output.parent / f"{output.stem}-{file_name(task)}.png"
         plot(task, [row for row in table if row.task == task], image)
-        lines.append(f"![{task}]({image.name})")
+        lines.append(f"![{escaped(task)}]({quote(image.name)})")
     revisions = sorted({row.revision for row in table})
-    lines += ["", f"Revisions: {', '.join(revisions)}. Versions: {'; '.join(sorted({row.versions for row in table}))}."]
+    versions = sorted({row.versions for row in table})
+    lines += ["", f"Revisions: {escaped(', '.join(revisions))}. Versions: {escaped('; '.join(versions))}."]
     output.write_text("\n".join(lines) + "\n")
     return problems
+
+
+def escaped(text: str) -> str:
+    """
+    A CSV's text on a page: nothing in it is Markdown, HTML, or a new line.
+
+    :param text: any
+    :return: to be put into a table or a paragraph
+    """
+    text = "".join(character if character.isprintable() else " " for character in text)
+    return re.sub(r"([\\`*\[\]<>|!&$~#^]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
+
+
+def plain(text: str) -> str:
+    """
+    :param text: any
+    :return: for Matplotlib, which takes what is between two dollars for mathematics
+    """
+    return "".join(character if character.isprintable() else " " for character in text).replace("$", r"\$")
+
+
+def file_name(text: str) -> str:
+    """
+    :param text: a task
+    :return: its name as a part of a file's, in the page's folder
+    """
+    name = re.sub(r"[^\w.+-]", "-", text.replace("/", "-"), flags=re.ASCII)[:100]
+    return name if name == text.replace("/", "-") else f"{name}-{zlib.crc32(text.encode()):08x}"
 
 
 def _mean_and_std(returns: np.ndarray) -> str:
@@ -226,7 +258,7 @@ def _beside_published(last: dict[tuple[str, str], list[Row]]) -> list[str]:
         runs = last[task, variant]
         cells = [f"{at[name]:.0f}" if name in at else "" for name in names]
         ours = np.mean([row.planner_return for row in runs])
-        lines.append(f"| {task} | {variant} | {runs[0].env_steps:,} | {ours:.0f} | {' | '.join(cells)} |")
+        lines.append(f"| {escaped(task)} | {escaped(variant)} | {runs[0].env_steps:,} | {ours:.0f} | {' | '.join(cells)} |")
     return [*lines, "", "Published values are means over seeds, without the seeds: they are shown, not resampled."]
 
 
@@ -250,7 +282,7 @@ def _aggregates(last: dict[tuple[str, str], list[Row]]) -> list[str]:
             interval = f"{low:.3f} to {high:.3f}" if np.isfinite(low) else "a seed alone has none"
             counts = f"{len(tasks)} | {len(chosen)}, {which}"
             average = np.mean([task.mean() for task in by_task])
-            lines.append(f"| {steps:,} | {variant} | {counts} | {mean:.3f} | {interval} | {average:.3f} |")
+            lines.append(f"| {steps:,} | {escaped(variant)} | {counts} | {mean:.3f} | {interval} | {average:.3f} |")
     if not lines:
         return []
     return [
@@ -296,11 +328,13 @@ def plot(task: str, table: Sequence[Row], path: Path) -> None:
         by_step = frame.groupby("env_steps")["planner_return"]
         mean, low, high = by_step.mean(), by_step.min(), by_step.max()
         n_seeds = frame["seed"].nunique()
-        (line,) = axes.plot(mean.index, mean, "o-", label=f"ours, {variant} ({n_seeds} seed{'s' * (n_seeds > 1)}, range)")
+        (line,) = axes.plot(
+            mean.index, mean, "o-", label=f"ours, {plain(variant)} ({n_seeds} seed{'s' * (n_seeds > 1)}, range)"
+        )
         axes.fill_between(mean.index, low, high, alpha=0.2, color=line.get_color())
         if clock is not None:
             clock.plot(frame.groupby("env_steps")["wall_s"].mean() / 60.0, mean, "o-", color=line.get_color())
-    axes.set(xlabel="env steps", ylabel="return", title=task)
+    axes.set(xlabel="env steps", ylabel="return", title=plain(task))
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

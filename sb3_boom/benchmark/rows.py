@@ -3,13 +3,12 @@
 import csv
 import fcntl
 import io
-import math
 import os
 import platform
 import subprocess
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +21,10 @@ from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_boom
 from sb3_boom.callbacks import PlannerPriorEvalCallback
+
+MAX_BYTES = 2**28  # of a CSV; a row has a hundred
+MAX_TEXT = 1000  # characters of a cell
+MAX_NUMBER = 2**53  # of steps and returns, either way
 
 
 class Row(NamedTuple):
@@ -68,11 +71,13 @@ def parse(record: dict[str, str | None]) -> Row:
         text = record.get(name)
         if not text:
             raise ValueError(f"{name} is missing")
+        if len(text) > MAX_TEXT:
+            raise ValueError(f"{name} has {len(text)} characters")
         try:
             values[name] = kind(text)
         except ValueError as error:
             raise ValueError(f"{name} is {text!r}") from error
-        if kind is float and not math.isfinite(values[name]):
+        if kind is not str and not abs(values[name]) <= MAX_NUMBER:  # NaN neither
             raise ValueError(f"{name} is {text!r}")
     if None in record:
         raise ValueError("too many columns")
@@ -83,17 +88,19 @@ def read(path: Path) -> tuple[list[Row], list[str]]:
     """
     :param path: a benchmark's CSV
     :return: its rows, the first one of each run's step; what is wrong with other lines, with their place
-    :raises ValueError: if the file has other columns
+    :raises ValueError: if the file has other columns, is no text, or is larger than :data:`MAX_BYTES`
     """
     rows: dict[tuple, Row] = {}
     problems = []
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} has more than {MAX_BYTES} bytes: no benchmark CSV is so large")
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames is None:
             return [], []  # nothing in it yet
         if list(reader.fieldnames) != list(Row._fields):
             raise ValueError(f"{path} is no benchmark CSV: its columns must be {','.join(Row._fields)}")
-        for record in reader:
+        for record in _records(reader, path):
             try:
                 row = parse(record)
             except ValueError as error:
@@ -101,6 +108,13 @@ def read(path: Path) -> tuple[list[Row], list[str]]:
                 continue
             rows.setdefault((*row.run, row.agent_steps), row)
     return list(rows.values()), problems
+
+
+def _records(reader: csv.DictReader, path: Path) -> Iterator[dict[str, str | None]]:
+    try:
+        yield from reader
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}:{reader.line_num}: {error}") from error
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:

@@ -318,7 +318,8 @@ class Agent:
         return self._run({**batch, **noise, "mean": mean})
 
     def _run(self, feeds: Mapping[str, np.ndarray], options: Any = None) -> dict[str, np.ndarray]:
-        return dict(zip(self._outputs, self._session.run(self._outputs, feeds, options), strict=True))
+        outputs = _refusing(lambda: self._session.run(self._outputs, feeds, options))
+        return dict(zip(self._outputs, outputs, strict=True))
 
     def _check_graph(self) -> None:
         """:raises _Refused: if inputs or outputs are not those that the metadata speaks of"""
@@ -437,6 +438,6 @@ def _bounded(function: Callable[[Any], Any]) -> Any:
     timer.daemon = True
     timer.start()
     try:
-        return _refusing(lambda: function(options))
+        return function(options)
     finally:
         timer.cancel()

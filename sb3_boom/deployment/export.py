@@ -145,6 +145,7 @@ def build(
     inputs = observation_inputs(space, set(normalized))
     normalization = _normalization(normalizer, normalized)
     told = {**metadata(policy, inputs, normalizer, prior_only), **(about or {})}
+    model_file.check_metadata(told)  # before anything is allocated by it
     policy = inference_copy(policy)
     examples = [
         th.zeros(EXAMPLE_BATCH, *part["shape"], dtype=getattr(th, part["dtype"])) for part in inputs.values()

@@ -238,7 +238,7 @@ def parse(content: memoryview) -> dict[str, Any]:
             f"it has format version {version!r}, this sb3_boom reads {FORMAT_VERSION}: "
             + ("upgrade sb3_boom" if later else "export the model again")
         )
-    _check_metadata(told)
+    check_metadata(told)
     if told.get("digest") != _digest(fields(content)):
         raise ValueError("its digest is another one: it was damaged, or changed after the export")
     for name, value in _message(content, MODEL):
@@ -283,7 +283,7 @@ def _is_shape(shape: Any) -> bool:
     )
 
 
-def _check_metadata(told: Mapping[str, Any]) -> None:
+def check_metadata(told: Mapping[str, Any]) -> None:
     """
     :param told: the metadata, of the right version
     :raises ValueError: if what an agent uses of it is not what it must be
