@@ -8,7 +8,7 @@ import platform
 import subprocess
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,25 +96,21 @@ def read(path: Path) -> tuple[list[Row], list[str]]:
         raise ValueError(f"{path} has more than {MAX_BYTES} bytes: no benchmark CSV is so large")
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames is None:
-            return [], []  # nothing in it yet
-        if list(reader.fieldnames) != list(Row._fields):
-            raise ValueError(f"{path} is no benchmark CSV: its columns must be {','.join(Row._fields)}")
-        for record in _records(reader, path):
-            try:
-                row = parse(record)
-            except ValueError as error:
-                problems.append(f"{path}:{reader.line_num}: {error}; the row is skipped")
-                continue
-            rows.setdefault((*row.run, row.agent_steps), row)
+        try:
+            if reader.fieldnames is None:
+                return [], []  # nothing in it yet
+            if list(reader.fieldnames) != list(Row._fields):
+                raise ValueError(f"{path} is no benchmark CSV: its columns must be {','.join(Row._fields)}")
+            for record in reader:
+                try:
+                    row = parse(record)
+                except ValueError as error:
+                    problems.append(f"{path}:{reader.line_num}: {error}; the row is skipped")
+                    continue
+                rows.setdefault((*row.run, row.agent_steps), row)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}:{reader.line_num}: {error}") from error
     return list(rows.values()), problems
-
-
-def _records(reader: csv.DictReader, path: Path) -> Iterator[dict[str, str | None]]:
-    try:
-        yield from reader
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}:{reader.line_num}: {error}") from error
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
