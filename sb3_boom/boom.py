@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import io
 import os
@@ -671,9 +672,8 @@ class BOOM(OffPolicyAlgorithm):
         :raises ValueError: if a features extractor can't be exported
         :raises ImportError: without onnx or onnxscript
         """
-        from sb3_boom.deployment import export
-
-        return export.export(self, path, prior_only)
+        # a later room, as a plug-in: nothing of it is needed to learn
+        return importlib.import_module("sb3_boom.deployment.export").export(self, path, prior_only)
 
     @classmethod
     def load(  # type: ignore[override]

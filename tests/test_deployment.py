@@ -56,6 +56,11 @@ KINDS = {
 }
 
 
+def load(path, **settings) -> Agent:
+    """An agent, without the trial in a process of its own (tests/test_trust.py)."""
+    return Agent.load(path, check=False, **settings)
+
+
 class Env(gym.Env):
     """Random observations of any space."""
 
@@ -106,7 +111,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module", params=list(KINDS))
 def exported(request, folder):
     model = make_model(request.param)
-    return model, Agent.load(model.export(folder / request.param))
+    return model, load(model.export(folder / request.param))
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +200,7 @@ def test_iterations_one_by_one_are_the_whole_plan(exported):
 
 def test_a_deadline_that_has_passed_leaves_the_prior_and_the_old_plan_a_step_later(vector):
     model, path = vector
-    agent = Agent.load(path, deadline_ms=1e-6)
+    agent = load(path, deadline_ms=1e-6)
     obs, mean = observations(model, 2), np.random.default_rng(0).uniform(-1, 1, (2, 3, 2)).astype(np.float32)
     action, state = agent.predict(obs, (mean,))
     assert agent.iterations_done == 0
@@ -205,7 +210,7 @@ def test_a_deadline_that_has_passed_leaves_the_prior_and_the_old_plan_a_step_lat
 
 def test_agent_goes_on_from_its_last_plan_until_reset(vector):
     model, path = vector
-    agent, obs = Agent.load(path), observations(model, 2)
+    agent, obs = load(path), observations(model, 2)
     first, state = agent.predict(obs, deterministic=True)
     second, _ = agent.predict(obs, state, deterministic=True)
     assert (agent(obs, deterministic=True) == first).all()
@@ -225,12 +230,12 @@ def test_agent_goes_on_from_its_last_plan_until_reset(vector):
 def test_seeded_noise_repeats(vector):
     model, path = vector
     obs = observations(model, 3)
-    a, b, c = (Agent.load(path, seed=seed)(obs) for seed in (0, 0, 1))
+    a, b, c = (load(path, seed=seed)(obs) for seed in (0, 0, 1))
     assert (a == b).all() and (a != c).any()
 
 
 def test_images_may_have_their_channels_first_or_last(folder):
-    model, agent = make_model("image"), Agent.load(folder / "image.onnx")
+    model, agent = make_model("image"), load(folder / "image.onnx")
     last = model.env.envs[0].observation_space.sample()
     assert (agent.predict(last, deterministic=True)[0] == agent.predict(last.transpose(2, 0, 1), deterministic=True)[0]).all()
 
@@ -246,13 +251,13 @@ def test_images_may_have_their_channels_first_or_last(folder):
     ],
 )
 def test_wrong_observations_are_refused(vector, obs, message):
-    agent = Agent.load(vector[1])
+    agent = load(vector[1])
     with pytest.raises(ValueError, match=message):
         agent(obs)
 
 
 def test_wrong_dict_observations_are_refused(folder):
-    agent = Agent.load(folder / "dict.onnx")
+    agent = load(folder / "dict.onnx")
     obs = observations(make_model("dict"), 2)
     for change, message in (
         (dict(mode=np.array([0, 4])), "mode must be at least 0 and below"),
@@ -269,14 +274,14 @@ def test_wrong_dict_observations_are_refused(folder):
 @pytest.mark.parametrize("settings", [dict(threads=0), dict(deadline_ms=0.0), dict(deadline_ms=float("nan"))])
 def test_wrong_settings_are_refused(vector, settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
-        Agent.load(vector[1], **settings)
+        load(vector[1], **settings)
 
 
 def test_prior_alone(vector, tmp_path):
     model, _ = vector
     path = model.export(tmp_path / "prior", prior_only=True)
     assert path == tmp_path / "prior.onnx" and path.stat().st_size < vector[1].stat().st_size / 3
-    agent, obs = Agent.load(path), observations(model)
+    agent, obs = load(path), observations(model)
     wanted, _ = model.prior.predict(as_the_model_sees(model, obs), deterministic=True)
     assert np.allclose(agent(obs), wanted, atol=TOLERANCE) and np.allclose(agent.prior(obs[0]), wanted[0], atol=TOLERANCE)
     assert agent.predict(obs)[1] is None
@@ -324,7 +329,7 @@ def test_extractor_that_fixes_the_batch_is_refused(tmp_path):
 def test_agent_is_evaluated_as_a_model(vector):
     _, path = vector
     env = DummyVecEnv([lambda: gym.wrappers.TimeLimit(Env(KINDS["vector"]["space"], KINDS["vector"]["actions"]), 3)] * 2)
-    assert evaluate_policy(Agent.load(path), env, n_eval_episodes=2, warn=False) == (0.0, 0.0)
+    assert evaluate_policy(load(path), env, n_eval_episodes=2, warn=False) == (0.0, 0.0)
 
 
 BARE = """

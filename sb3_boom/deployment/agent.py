@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sb3_boom.deployment import model_file
+from sb3_boom.deployment import model_file, trial
 from sb3_boom.deployment.model_file import MAX_BYTES
 
 Observation = np.ndarray | Mapping[str, np.ndarray]
@@ -70,6 +70,7 @@ class Agent:
         deadline_ms: float | None = None,
         seed: int | None = None,
         max_bytes: int = MAX_BYTES,
+        check: bool = True,
     ) -> "Agent":
         """
         Load an exported file. It is data: nothing in it can run as a program.
@@ -80,11 +81,16 @@ class Agent:
             end by then, and the policy prior acts if there is none. Default None: all iterations
         :param seed: of the noise of calls that are not deterministic. Default None: from the system
         :param max_bytes: refuse a larger file
+        :param check: run it in a process of its own first, since a file made to hurt can end the one that onnxruntime is in.
+            False saves a second for a file of one's own
         :return: an agent, which has run once
         :raises ValueError: for a file that is damaged, of a later format, or no export
         :raises OSError: if it can't be read
         """
         content, metadata = model_file.read(path, max_bytes)
+        reason = trial.run(content) if check else None
+        if reason is not None:
+            raise ValueError(f"{path} is no export of sb3_boom that can be loaded: {reason}")
         try:
             return cls(content, metadata, threads, deadline_ms, seed)
         except _Refused as error:

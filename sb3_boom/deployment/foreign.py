@@ -27,6 +27,7 @@ from sb3_boom.checks import FORMAT_VERSION
 from sb3_boom.deployment import model_file
 from sb3_boom.deployment.export import build, write
 from sb3_boom.policies import BOOMPolicy, CnnPolicy, MultiInputPolicy
+from sb3_boom.presets import PRESETS, model_size
 
 MAX_DATA = 2**24  # bytes of the settings
 MAX_WEIGHTS = 2**31  # bytes
@@ -193,6 +194,8 @@ def _policy(
     kwargs = dict(told.get("policy_kwargs") or {})
     kwargs = {name: value for name, value in kwargs.items() if name not in OF_LEARNING}
     kwargs |= {name: told[name] for name in OF_THE_MODEL if name in told}
+    if told.get("preset") in PRESETS:
+        kwargs["model_size"] = model_size(told["preset"], kwargs)
     known = inspect.signature(BOOMPolicy).parameters
     unknown = sorted(set(kwargs) - set(known))
     if unknown:
