@@ -1,6 +1,9 @@
 """An exported model acts as the one it was exported from."""
 
 import json
+import os
+import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -353,3 +356,20 @@ def test_agent_needs_numpy_and_onnxruntime_alone_and_imports_at_once(vector):
     command = [sys.executable, "-c", BARE, str(vector[1])]
     seconds, shape = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(" ", 1)
     assert shape.strip() == "(2, 2)" and float(seconds) < 0.3
+
+
+def test_cpp_example_acts(vector, tmp_path):
+    """Where onnxruntime's C++ API is installed (Debian 13: libonnxruntime-dev), or unpacked where ONNXRUNTIME says."""
+    source, build = pathlib.Path(__file__).parents[1] / "examples" / "cpp", tmp_path / "build"
+    if shutil.which("cmake") is None:
+        pytest.skip("no cmake")
+    place = [f"-DONNXRUNTIME={os.environ['ONNXRUNTIME']}"] if "ONNXRUNTIME" in os.environ else []
+    configured = subprocess.run(["cmake", "-S", source, "-B", build, *place], capture_output=True, text=True, check=False)
+    if "onnxruntime_cxx_api.h" in configured.stderr or "ONNXRUNTIME" in configured.stderr:
+        pytest.skip("onnxruntime's C++ API is not installed")
+    subprocess.run(["cmake", "--build", build], capture_output=True, check=True)
+    run = subprocess.run([build / "boom_agent", vector[1], "3"], capture_output=True, text=True, check=True)
+    prior, planner = run.stdout.splitlines()
+    wanted = load(vector[1]).prior(np.zeros(3, np.float32))
+    assert np.allclose([float(word) for word in prior.split()[-2:]], wanted, atol=1e-3)
+    assert planner.startswith("planner: median") and len(planner.split()) == 7

@@ -14,6 +14,7 @@ from sb3_boom.deployment.model_file import MAX_BYTES
 
 Observation = np.ndarray | Mapping[str, np.ndarray]
 
+PROVIDERS = ["CPUExecutionProvider"]
 MAX_MEMORY = 2**32  # bytes that onnxruntime may take for all agents of a process
 MAX_TRIAL_SECONDS = 60.0  # of the first call, when loading
 PAIRS_SEED = 0  # the critics are shared by a batch, so their choice can't depend on a row
@@ -398,7 +399,7 @@ def _session(content: bytes, threads: int) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # errors are raised
     options.add_session_config_entry("session.use_env_allocators", "1")
-    return _refusing(lambda: onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"]))
+    return _refusing(lambda: onnxruntime.InferenceSession(content, options, providers=PROVIDERS, enable_fallback=0))
 
 
 _bounded_memory: list[bool] = []
