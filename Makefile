@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENV ?= Pendulum-v1
 SEED ?= 0
-SOURCES := sb3_boom tests scripts benchmarks
+SOURCES := sb3_boom tests scripts benchmarks examples
 
 .PHONY: train test slow lint type format evidence evidence-settings evidence-acting evidence-gym evidence-dmc evidence-others gpu clean
 
@@ -27,7 +27,7 @@ lint: .venv/.installed
 	$(BIN)/black --check --quiet $(SOURCES)
 
 type: .venv/.installed
-	$(BIN)/mypy sb3_boom scripts
+	$(BIN)/mypy sb3_boom scripts examples
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix $(SOURCES)

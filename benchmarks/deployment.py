@@ -93,12 +93,12 @@ def trained(kind: str, steps: int) -> BOOM:
     case = KINDS[kind]
     env: Any = DummyVecEnv([lambda: RandomEnv(case["space"], case["actions"])])
     env = VecNormalize(env, norm_reward=False) if case.get("normalize") else env
-    policy_kwargs: dict[str, Any] = dict(model_size="tiny")
+    policy_kwargs: dict[str, Any] = dict(model_size="tiny", compile=False)
     if "extractor" in case:
         policy_kwargs["features_extractor_class"] = case["extractor"]
     model = BOOM(
         case.get("policy", "MlpPolicy"), env, learning_starts=200, pretrain_steps=200, batch_size=64, buffer_size=1000,
-        planner_kwargs=PLANNER, policy_kwargs=policy_kwargs, seed=0, device="cpu", compile=False,
+        planner_kwargs=PLANNER, policy_kwargs=policy_kwargs, seed=0, device="cpu",
         **case.get("settings", {}),
     )  # fmt: skip
     return model.learn(steps)

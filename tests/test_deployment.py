@@ -342,10 +342,10 @@ class Unimportable:
         if name.split(".")[0] in ("torch", "stable_baselines3", "gymnasium", "onnx", "onnxscript", "scipy", "pandas"):
             raise ImportError(name)
 sys.meta_path.insert(0, Unimportable())
-import numpy as np
-start = time.perf_counter()
+start = time.process_time()
 from sb3_boom.deployment import Agent
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
+import numpy as np
 assert "onnxruntime" not in sys.modules
 agent = Agent.load(sys.argv[1])
 print(seconds, agent(np.zeros((2, 3), np.float32)).shape)

@@ -1,5 +1,7 @@
 """Act with an exported model: numpy and onnxruntime alone."""
 
+import contextlib
+import functools
 import hashlib
 import os
 import threading
@@ -20,6 +22,7 @@ MAX_TRIAL_SECONDS = 60.0  # of the first call, when loading
 PAIRS_SEED = 0  # the critics are shared by a batch, so their choice can't depend on a row
 FORGETTING = 0.98  # how much of the slowest iteration is remembered from one to the next
 HEADROOM = 1.1  # the next iteration may take so much of the slowest
+STATE = ("mean", "std", "latent", "policy_actions")  # what the next iteration goes on with
 
 
 class Agent:
@@ -167,7 +170,7 @@ class Agent:
         :return: the action, or ``[n, ...]``
         """
         batch, vectorized = self._batch(observation)
-        actions = self._prior(batch)["action"] if self.plans else self._run(batch)["action"]
+        actions = self._prior_action(batch)
         return actions if vectorized else actions[0]
 
     def plan(
@@ -272,7 +275,7 @@ class Agent:
         """
         start = time.perf_counter()
         if not self.plans:
-            return self._run(batch)["action"], None
+            return self._prior_action(batch), None
         if mean is None:
             mean = np.zeros((_length(batch), self._settings["horizon"], self._settings["action_dim"]), np.float32)
         if self.deadline_ms is not None:
@@ -311,6 +314,12 @@ class Agent:
             before, now = now, time.perf_counter()
             self._slowest = max(now - before, FORGETTING * self._slowest)
         return outputs
+
+    def _prior_action(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        action = (self._prior(batch) if self.plans else self._run(batch))["action"]
+        if action.dtype.kind == "f" and not np.isfinite(action).all():
+            raise ValueError("the policy's action is NaN or infinite, so the networks have diverged")
+        return action
 
     def _prior(self, batch: Mapping[str, np.ndarray], mean: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """A plan of no iterations. :param batch: the graph's observations :param mean: the warm start"""
@@ -366,9 +375,6 @@ class Agent:
         return {**batch, "mean": mean, **self._noise(batch, True)}
 
 
-STATE = ("mean", "std", "latent", "policy_actions")  # what the next iteration goes on with
-
-
 def _state(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: outputs[f"next_{name}"] for name in STATE}
 
@@ -393,7 +399,7 @@ def _session(content: bytes, threads: int) -> Any:
     except ImportError as error:
         raise ImportError('an agent needs onnxruntime: pip install "sb3_boom[deploy]"') from error
 
-    _bound_memory(onnxruntime)
+    _bound_memory()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -402,17 +408,16 @@ def _session(content: bytes, threads: int) -> Any:
     return _refusing(lambda: onnxruntime.InferenceSession(content, options, providers=PROVIDERS, enable_fallback=0))
 
 
-_bounded_memory: list[bool] = []
+@functools.cache
+def _bound_memory() -> None:
+    """Once per process."""
+    import onnxruntime
 
-
-def _bound_memory(onnxruntime: Any) -> None:
-    """Once per process. :param onnxruntime: the module"""
-    if not _bounded_memory:
-        _bounded_memory.append(True)
-        memory = onnxruntime.OrtMemoryInfo(
-            "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
-        )
-        arena = onnxruntime.OrtArenaCfg({"max_mem": MAX_MEMORY, "arena_extend_strategy": 1})
+    memory = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    arena = onnxruntime.OrtArenaCfg({"max_mem": MAX_MEMORY, "arena_extend_strategy": 1})
+    with contextlib.suppress(RuntimeError):  # the program has one of its own for all its sessions
         onnxruntime.create_and_register_allocator(memory, arena)
 
 

@@ -21,6 +21,8 @@ def run(content: bytes) -> str | None:
     :param content: of an exported file
     :return: why it can't be loaded; None if it can
     """
+    if not sys.executable:
+        return "there is no Python to try it with: pass check=False to Agent.load if the file is your own"
     command = [sys.executable, "-c", PROGRAM, json.dumps([os.path.abspath(path) for path in sys.path])]
     try:
         result = subprocess.run(
