@@ -97,7 +97,7 @@ def trained(kind: str, steps: int) -> BOOM:
     if "extractor" in case:
         policy_kwargs["features_extractor_class"] = case["extractor"]
     model = BOOM(
-        case.get("policy", "MlpPolicy"), env, learning_starts=200, pretrain_steps=200, batch_size=64, buffer_size=1000,
+        case.get("policy", "MlpPolicy"), env, learning_starts=200, pretrain_steps=40, batch_size=64, buffer_size=1000,
         planner_kwargs=PLANNER, policy_kwargs=policy_kwargs, seed=0, device="cpu",
         **case.get("settings", {}),
     )  # fmt: skip
@@ -305,7 +305,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     adders = {name: commands.add_parser(name) for name in ("equality", "returns", "speed", "deadline")}
     adders["equality"].add_argument("--observations", type=int, default=1000)
-    adders["equality"].add_argument("--steps", type=int, default=400)
+    adders["equality"].add_argument("--steps", type=int, default=220)
     adders["returns"].add_argument("--model", type=pathlib.Path, required=True)
     adders["returns"].add_argument("--env", required=True)
     adders["returns"].add_argument("--vec-normalize", type=pathlib.Path)

@@ -16,7 +16,7 @@ from gymnasium import spaces
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_boom import BOOM
+from sb3_boom import BOOM, cli
 from sb3_boom.core import kernels, planner
 from sb3_boom.deployment import Agent, model_file
 
@@ -372,4 +372,27 @@ def test_cpp_example_acts(vector, tmp_path):
     prior, planner = run.stdout.splitlines()
     wanted = load(vector[1]).prior(np.zeros(3, np.float32))
     assert np.allclose([float(word) for word in prior.split()[-2:]], wanted, atol=1e-3)
-    assert planner.startswith("planner: median") and len(planner.split()) == 7
+    assert planner.startswith("planner: median") and len(planner.split()) == 8
+
+
+def test_command_exports_with_the_statistics_it_is_given(vector, tmp_path, capsys, monkeypatch):
+    model, _ = vector
+    model.save(tmp_path / "model.zip")
+    model.env.save(str(tmp_path / "vecnormalize.pkl"))
+    monkeypatch.setattr(
+        sys, "argv", ["sb3-boom", "export", str(tmp_path / "model.zip"), str(tmp_path / "out"), "--prior-only"]
+    )
+    cli.main()
+    assert "vecnormalize.pkl is left out" in capsys.readouterr().err
+    assert load(tmp_path / "out.onnx").metadata["normalization"] is None
+    sys.argv += ["--vec-normalize", str(tmp_path / "vecnormalize.pkl"), "--env", "Robot-v0"]
+    cli.main()
+    agent = load(tmp_path / "out.onnx")
+    obs = observations(model)
+    wanted, _ = model.prior.predict(as_the_model_sees(model, obs), deterministic=True)
+    assert np.allclose(agent(obs), wanted, atol=TOLERANCE) and agent.metadata["env_id"] == "Robot-v0"
+    assert capsys.readouterr().out.endswith("out.onnx\n")
+    sys.argv.append("--untrusted")
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "--vec-normalize names a pickle" in capsys.readouterr().err
