@@ -35,7 +35,7 @@ from sb3_boom.deployment.export import export
 
 TOLERANCE = 1e-4  # of actions, in the action space's units
 TIE = 1e-3  # of log-weights or values: what rounding may turn round
-PLANNER = dict(n_samples=128, n_elites=16, n_policy_samples=6, n_iterations=4)
+PLANNER = dict(n_samples=32, n_elites=8, n_policy_samples=4, n_iterations=3)  # of equality alone, where torch takes long
 
 
 class Layer(BaseFeaturesExtractor):
@@ -120,7 +120,6 @@ class Ties:
         with th.no_grad():
             z = policy.world_model.encode(policy.features(tensors))
             networks = (policy.world_model, policy.actor, policy.critic, config, z)
-            self.plan = planner.plan(*networks, mean, noise, policy.terminations_seen)
             drawn = planner.policy_trajectories(policy.world_model, policy.actor, z, noise.policy)
             mu, std = planner.first_distribution(config, mean)
             self.border = th.full((len(z),), th.inf)  # least gap between the last elite and the best of the others
@@ -131,7 +130,8 @@ class Ties:
                 values = planner.trajectory_values(*networks, actions, *further)
                 best = values.topk(config.n_elites + 1, dim=1).values
                 self.border = self.border.minimum(best[:, -2] - best[:, -1])
-                mu, std, _, weights, *_ = planner.refine(*networks, drawn, mu, std, noise.candidates[i], *further)
+                mu, std, first, weights, *_ = planner.refine(*networks, drawn, mu, std, noise.candidates[i], *further)
+            self.action = planner.choose(first, weights, noise.elite, mu)
             score = (weights.log() + noise.elite).topk(2, dim=1)
             self.choice = score.values[:, 0] - score.values[:, 1]  # gap between the chosen elite and the next
 
@@ -139,7 +139,7 @@ class Ties:
 def equality(args: argparse.Namespace) -> list[dict[str, Any]]:
     """:param args: of the command :return: a row for every kind of observation"""
     rows = []
-    for kind in KINDS:
+    for kind in args.kinds:
         model = trained(kind, args.steps)
         normalizer = model.get_vec_normalize_env()
         with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +156,7 @@ def equality(args: argparse.Namespace) -> list[dict[str, Any]]:
         names = ("policy", "candidates", "terminal", "elite", "critic_pairs")
         arrays = {name: getattr(noise, name).numpy() for name in names}
         action, _, _ = agent.plan(obs, mean.numpy(), arrays)
-        wanted = model.policy.to_action_space(ties.plan.planner_action.numpy())
+        wanted = model.policy.to_action_space(ties.action.numpy())
         gap = np.abs(action.astype(np.float64) - wanted).reshape(n, -1).max(axis=1)
         equal = gap <= TOLERANCE
         choice, border = (ties.choice.numpy() < TIE) & ~equal, (ties.border.numpy() < TIE) & ~equal
@@ -305,6 +305,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     adders = {name: commands.add_parser(name) for name in ("equality", "returns", "speed", "deadline")}
     adders["equality"].add_argument("--observations", type=int, default=1000)
+    adders["equality"].add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     adders["equality"].add_argument("--steps", type=int, default=220)
     adders["returns"].add_argument("--model", type=pathlib.Path, required=True)
     adders["returns"].add_argument("--env", required=True)
