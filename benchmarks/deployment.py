@@ -139,14 +139,14 @@ class Ties:
 def equality(args: argparse.Namespace) -> list[dict[str, Any]]:
     """:param args: of the command :return: a row for every kind of observation"""
     rows = []
-    for kind in args.kinds:
-        model = trained(kind, args.steps)
+    for kind in [args.model.stem] if args.model else args.kinds:
+        model = BOOM.load(args.model, device="cpu") if args.model else trained(kind, args.steps)
         normalizer = model.get_vec_normalize_env()
         with tempfile.TemporaryDirectory() as folder:
             agent = Agent.load(model.export(pathlib.Path(folder) / "model"))
-        case, n = KINDS[kind], args.observations
-        case["space"].seed(1)
-        samples = [case["space"].sample() for _ in range(n)]
+        space, n = model.observation_space if args.model else KINDS[kind]["space"], args.observations
+        space.seed(1)
+        samples = [space.sample() for _ in range(n)]
         obs: Any = (
             {k: np.stack([s[k] for s in samples]) for k in samples[0]} if isinstance(samples[0], dict) else np.stack(samples)
         )
@@ -159,6 +159,12 @@ def equality(args: argparse.Namespace) -> list[dict[str, Any]]:
         wanted = model.policy.to_action_space(ties.action.numpy())
         gap = np.abs(action.astype(np.float64) - wanted).reshape(n, -1).max(axis=1)
         equal = gap <= TOLERANCE
+        box = model.action_space
+        assert isinstance(box, spaces.Box)
+        part = 0.5 * (ties.action.numpy().reshape(-1, *box.shape).astype(np.float64) + 1.0)
+        exact = box.low + part * (box.high.astype(np.float64) - box.low)
+        from_half = np.abs(exact - np.floor(exact) - 0.5).reshape(n, -1).min(axis=1)
+        halves = np.issubdtype(box.dtype, np.integer) & (from_half < TIE) & ~equal
         choice, border = (ties.choice.numpy() < TIE) & ~equal, (ties.border.numpy() < TIE) & ~equal
         rows.append(
             dict(
@@ -168,7 +174,8 @@ def equality(args: argparse.Namespace) -> list[dict[str, Any]]:
                 largest_difference_of_equal=float(gap[equal].max()),
                 ties_of_the_chosen_elite=int(choice.sum()),
                 ties_at_the_elites_border=int((border & ~choice).sum()),
-                neither=int((~equal & ~choice & ~border).sum()),
+                whole_numbers_rounded_the_other_way=int((halves & ~choice & ~border).sum()),
+                neither=int((~equal & ~choice & ~border & ~halves).sum()),
             )
         )
         print(rows[-1], flush=True)
@@ -305,6 +312,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     adders = {name: commands.add_parser(name) for name in ("equality", "returns", "speed", "deadline")}
     adders["equality"].add_argument("--observations", type=int, default=1000)
+    adders["equality"].add_argument("--model", type=pathlib.Path, help="a trained one, instead of those of the kinds")
     adders["equality"].add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     adders["equality"].add_argument("--steps", type=int, default=220)
     adders["returns"].add_argument("--model", type=pathlib.Path, required=True)
