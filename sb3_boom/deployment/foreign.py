@@ -35,7 +35,7 @@ MAX_TEXT = 2**20  # characters of a printed array
 LARGEST = dict(enc_dim=2**16, mlp_dim=2**16, latent_dim=2**16, n_critics=2**8, n_enc_layers=2**6, horizon=2**7)
 PICKLED = ":serialized:"  # SB3 marks so what is no plain JSON
 OF_THE_MODEL = ("handle_terminations", "planner", "planner_kwargs", "horizon", "gamma")
-OF_LEARNING = ("optimizer_class", "optimizer_kwargs", "compile", "encoder_lr_scale", "tf32")  # these change no plan
+OF_LEARNING = ("optimizer_class", "optimizer_kwargs", "compile", "encoder_lr_scale", "tf32", "bf16")  # these change no plan
 NOT_KNOWN = (
     "VecNormalize's statistics, in a file of their own: this agent takes observations as the networks do",
     "a policy or features extractor of its own: the networks are those of this package",
