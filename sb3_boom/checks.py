@@ -44,9 +44,9 @@ RANGES = {
     "tau": (0.0, 1.0),
     "gamma": (0.0, 1.0),
     **dict.fromkeys(("consistency_coef", "reward_coef", "value_coef", "termination_coef", "align_coef"), (0.0, math.inf)),
-    **dict.fromkeys(("rho", "ent_coef", "align_temperature", "max_grad_norm"), (0.0, math.inf)),
+    **dict.fromkeys(("rho", "ent_coef", "align_temperature", "max_grad_norm", "worker_timeout"), (0.0, math.inf)),
 }
-POSITIVE = ("tau", "align_temperature", "max_grad_norm")
+POSITIVE = ("tau", "worker_timeout", "align_temperature", "max_grad_norm")
 AUTO = ("learning_starts", "pretrain_steps", "batch_size", "gamma", "align_coef")
 Self = TypeVar("Self")
 Arguments = ParamSpec("Arguments")
@@ -85,7 +85,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         if settings[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, not {settings[name]!r}")
     for name in (*WHOLE_NUMBERS, *RANGES):
-        _check_number(name, settings[name])
+        if not (name == "worker_timeout" and settings[name] is None):
+            _check_number(name, settings[name])
     for name in ("handle_terminations", "align_warmup"):
         if not isinstance(settings[name], bool):
             raise ValueError(f"{name} must be True or False, not {settings[name]!r}")
@@ -164,6 +165,9 @@ def check_archive(path: str | pathlib.Path | io.BufferedIOBase) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             names = set(archive.namelist())
+            damaged = archive.testzip()  # which reads all of it, and unpickles nothing
+            if damaged is not None:
+                raise ValueError(f"{path} is damaged: the checksum of {damaged} in it is another one. Load an earlier copy")
             version = json.loads(archive.read("data")).get("format_version") if "data" in names else None
     except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no BOOM model: it is not a readable zip archive ({error})") from error
