@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-processor.use_all_instructions()  # before torch is imported
 
 _MODULES = {
     "BOOM": "boom",
@@ -27,6 +26,7 @@ __all__ = ["BOOM", "CnnPolicy", "MlpPolicy", "MultiInputPolicy", "WeightedReplay
 def __getattr__(name: str) -> Any:
     # lazily, so that what needs torch alone imports without SB3
     if name in _MODULES:
+        processor.use_all_instructions()  # before torch is imported
         return getattr(importlib.import_module(f"sb3_boom.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -9,7 +9,7 @@ import os
 import pathlib
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -21,9 +21,17 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_pkl
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule, TrainFreq
+from stable_baselines3.common.type_aliases import (
+    GymEnv,
+    MaybeCallback,
+    RolloutReturn,
+    Schedule,
+    TrainFreq,
+    TrainFrequencyUnit,
+)
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_boom import checkpoint
 from sb3_boom.buffers import WeightedReplayBuffer
 from sb3_boom.checks import (
     FORMAT_VERSION,
@@ -45,13 +53,23 @@ from sb3_boom.core.compilation import allow_tf32, compiled, keep_freed_memory, s
 from sb3_boom.core.critic import Critic
 from sb3_boom.core.losses import LossConfig
 from sb3_boom.core.optimizers import set_learning_rates
+from sb3_boom.files import load_pickle, save_pickle
 from sb3_boom.foresight import FreshTerminations, PlanOptimism
+from sb3_boom.guards import (
+    STEPS_WITHOUT_A_DRAW,
+    UPDATES_PER_CHECK,
+    check_losses,
+    check_parameters,
+    warn_if_non_finite,
+    warn_of_nothing_to_draw,
+)
 from sb3_boom.meters import Meters
 from sb3_boom.policies import BOOMPolicy, CnnPolicy, MlpPolicy, MultiInputPolicy, finite_actions
 from sb3_boom.presets import model_size, resolve_auto
 from sb3_boom.prior import PolicyPrior
-from sb3_boom.progress import Pace, PretrainingStopped, duration, show_pretraining
+from sb3_boom.progress import Pace, PretrainingStopped, duration, leaves, show_pretraining
 from sb3_boom.update import update
+from sb3_boom.waits import WORKER_TIMEOUT, bounded_waits, evaluation_watched
 
 SelfBOOM = TypeVar("SelfBOOM", bound="BOOM")
 
@@ -117,6 +135,8 @@ class BOOM(OffPolicyAlgorithm):
         ``min_std`` (0.05) and ``max_std`` (2) bound its std
     :param policy_kwargs: additional arguments to be passed to the policy on creation, such as ``dict(model_size="1M")``,
         ``encoder_lr_scale``, ``compile`` or ``tf32``. See :class:`~sb3_boom.policies.BOOMPolicy`
+    :param worker_timeout: seconds after which a worker of a SubprocVecEnv that does not answer is an error; None waits as
+        long as it lives
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average the
         reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -181,6 +201,7 @@ class BOOM(OffPolicyAlgorithm):
         planner: str = "mppi",
         planner_kwargs: dict[str, Any] | None = None,
         policy_kwargs: dict[str, Any] | None = None,
+        worker_timeout: float | None = WORKER_TIMEOUT,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         verbose: int = 0,
@@ -245,6 +266,13 @@ class BOOM(OffPolicyAlgorithm):
         self._callback: BaseCallback | None = None
         self._defers_updates = False
         self._owed: list[tuple[int, int]] = []  # updates that wait for the next plan: their number and batch size
+        self.worker_timeout = worker_timeout
+        # for callbacks that save: called where buffer, counters and last observation agree; undone when learning ends
+        self.between_steps: list[Callable[[], None]] = []
+        self.at_end = contextlib.ExitStack()
+        self.lineages: dict[str, Any] = {}  # of the checkpoints this model was resumed from or written to, by folder
+        self.collected = (0, 0)  # steps and episodes of the rollout that goes on
+        self.takes_up_rollout = False  # the next one, which a checkpoint has interrupted
         if _init_setup_model:
             self._setup_model()
 
@@ -300,6 +328,10 @@ class BOOM(OffPolicyAlgorithm):
     ) -> tuple[int, BaseCallback]:
         setup = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         check_finite(self._last_obs if self._vec_normalize_env is None else self._last_original_obs, "an observation", 0)
+        for leaf in leaves(setup[1]):
+            if isinstance(evaluated := getattr(leaf, "eval_env", None), VecEnv):
+                self.at_end.enter_context(bounded_waits(evaluated, self.worker_timeout))
+                self.at_end.enter_context(evaluation_watched(evaluated))
         self._callback, self.pace = setup[1], Pace()
         for name in ("preset", "batch_size", "gamma", "learning_starts", "pretrain_steps", "align_coef"):
             self.logger.record(f"config/{name}", getattr(self, name))
@@ -333,7 +365,9 @@ class BOOM(OffPolicyAlgorithm):
         :return: the trained model
         """
         keep_freed_memory()
-        with subnormals_flushed(), worker_deaths_named(self.env), self._updates_beside_steps():
+        self.at_end = contextlib.ExitStack()
+        waits = bounded_waits(self.env, self.worker_timeout)
+        with self.at_end, subnormals_flushed(), worker_deaths_named(self.env), waits, self._updates_beside_steps():
             try:
                 return super().learn(
                     int(total_timesteps), callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
@@ -342,6 +376,12 @@ class BOOM(OffPolicyAlgorithm):
                 assert self._callback is not None
                 self._callback.on_training_end()
                 return self
+            except BaseException:
+                # the environments may have gone on alone: close their episodes, start the next ones from a reset
+                self._last_obs = None
+                if self.replay_buffer is not None:
+                    self.replay_buffer.close_episodes()
+                raise
             finally:
                 self._callback = None
 
@@ -368,8 +408,18 @@ class BOOM(OffPolicyAlgorithm):
         :param log_interval: Log data every ``log_interval`` episodes
         :return: number of steps and episodes, and whether to go on
         """
-        rollout = super().collect_rollouts(
-            env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
+        steps, episodes = self.collected if self.takes_up_rollout else (0, 0)
+        self.collected, self.takes_up_rollout = (steps, episodes), False
+        left = train_freq.frequency - (steps if train_freq.unit == TrainFrequencyUnit.STEP else episodes)
+        if left > 0:
+            train_freq = TrainFreq(left, train_freq.unit)
+            rollout = super().collect_rollouts(
+                env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
+            )
+        else:  # interrupted when only its updates were left to do
+            rollout = RolloutReturn(0, 0, continue_training=True)
+        rollout = RolloutReturn(
+            rollout.episode_timesteps + steps * env.num_envs, rollout.n_episodes + episodes, rollout.continue_training
         )
         if not rollout.continue_training:
             names = ("buffer_actions", "new_obs", "rewards", "dones", "infos")
@@ -390,7 +440,12 @@ class BOOM(OffPolicyAlgorithm):
         assert buffer is not None
         if not self._enough_data:
             enough = min(self.learning_starts, buffer.buffer_size * self.n_envs)
-            self._enough_data = buffer.size() * self.n_envs >= enough and buffer.can_sample()
+            held, can_sample = buffer.size() * self.n_envs, buffer.can_sample()
+            self._enough_data = held >= enough and can_sample
+            waits_long = held >= enough + STEPS_WITHOUT_A_DRAW or buffer.full
+            if not can_sample and waits_long and "nothing to draw" not in self.warned:
+                self.warned.add("nothing to draw")
+                warn_of_nothing_to_draw(buffer.horizon)
         return self._enough_data
 
     @contextlib.contextmanager
@@ -434,6 +489,7 @@ class BOOM(OffPolicyAlgorithm):
         self._owed.append((gradient_steps, batch_size or self.batch_size))
         if not self._defers_updates or self._n_updates == 0:  # nothing is planned before there has been an update
             self._catch_up()
+        self.collected = (0, 0)  # nothing else is owed to the rollout
 
     def _pretrain(self, batch_size: int) -> None:
         """Update ``pretrain_steps`` times on fresh batches; an interrupted pretraining goes on where it stopped."""
@@ -461,7 +517,6 @@ class BOOM(OffPolicyAlgorithm):
         self._update_learning_rate([self.policy.model_optimizer, self.policy.actor_optimizer])
         with self.meters.timing("update", gradient_steps, self.device):
             self._descend(gradient_steps, batch_size)
-        self._n_updates += gradient_steps
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def _descend(self, gradient_steps: int, batch_size: int) -> None:
@@ -481,6 +536,10 @@ class BOOM(OffPolicyAlgorithm):
             values, terms = update(self.policy, batch, noise, config, self.max_grad_norm)
             self.replay_buffer.update_values(batch.indices, values, batch.valid, self.policy.q_scale)
             self.meters.add_terms(terms)
+            self._n_updates += 1
+            if self._n_updates % UPDATES_PER_CHECK == 0:
+                check_losses(self.meters.means(), self._n_updates)
+                check_parameters(self.policy, self._n_updates)
 
     def _record_losses(self, exclude: str | None = None) -> None:
         """
@@ -489,6 +548,7 @@ class BOOM(OffPolicyAlgorithm):
         :param exclude: a format that is not to have them
         """
         terms = self.meters.take_terms()
+        check_losses(terms, self._n_updates)
         for name, value in terms.items():
             self.logger.record_mean(f"train/{name}", value, exclude)
         if "alignment" not in self.warned and terms:
@@ -518,6 +578,8 @@ class BOOM(OffPolicyAlgorithm):
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
+        for hook in self.between_steps:
+            hook()
         if self._in_warmup():
             self._planned = None
             scaled = self.policy.from_action_space(np.array([self.action_space.sample() for _ in range(n_envs)]))
@@ -609,6 +671,7 @@ class BOOM(OffPolicyAlgorithm):
         for gap in self.plan_optimism.see(values, reward, dones, truncated, self._last_episode_starts, self.gamma):
             self.logger.record_mean("rollout/plan_optimism", gap)
         self._last_episode_starts = dones
+        self.collected = (self.collected[0] + 1, self.collected[1] + int(np.sum(dones)))
 
     # -------------------------------------------------------------------- predict
 
@@ -634,6 +697,7 @@ class BOOM(OffPolicyAlgorithm):
         ours = (
             "actor", "critic", "critic_target", "meters", "pace", "_enough_data", "_planner_mean", "_planned", "_callback",
             "_defers_updates", "_owed", "fresh_terminations", "plan_optimism",
+            "between_steps", "at_end", "lineages", "collected", "takes_up_rollout",
         )  # fmt: skip
         return [*super()._excluded_save_params(), *ours]
 
@@ -645,6 +709,56 @@ class BOOM(OffPolicyAlgorithm):
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.model_optimizer", "policy.actor_optimizer"], []
 
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save the model in a zip-file, see :meth:`stable_baselines3.common.base_class.BaseAlgorithm.save`. Warns if it has
+        parameters that are NaN or infinite.
+
+        :param path: path to the file (or a file-like) where to save it
+        :param exclude: name of parameters that should be excluded in addition to the default ones
+        :param include: name of parameters that might be excluded but should be included anyway
+        """
+        warn_if_non_finite(self.policy, path)
+        super().save(path, exclude, include)
+
+    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """
+        Save the replay buffer as a pickle file, as large as what is in it. A file that was there before is replaced whole, or
+        stays if the disk is full.
+
+        :param path: Path to the file where the replay buffer should be saved.
+        """
+        if isinstance(path, (str, pathlib.Path)):
+            save_pickle(_pickle_path(path), self.replay_buffer)
+        else:
+            super().save_replay_buffer(path)
+
+    @classmethod
+    def resume(
+        cls: type[SelfBOOM], folder: str | pathlib.Path, env: GymEnv | str, device: th.device | str = "auto", **settings: Any
+    ) -> SelfBOOM:
+        """
+        Go on from the last complete checkpoint of a :class:`~sb3_boom.callbacks.ResumableCheckpointCallback`, with all that
+        belongs to it: networks, optimizers, replay buffer, counters and random states, those of Python, NumPy and torch too.
+        The environments start new episodes; their Monitors' files go on after the checkpoint's last row.
+
+        :param folder: the callback's
+        :param env: as for the constructor; of the same spaces and the same number
+        :param device: Device on which the code should run
+        :param settings: constructor arguments that the checkpoint is expected to have; ``verbose``, ``tensorboard_log``,
+            ``worker_timeout`` and ``stats_window_size`` may be changed
+        :return: the model; ``learn(total - model.num_timesteps, callback, reset_num_timesteps=False)`` goes on
+        :raises FileNotFoundError: if there is no complete checkpoint
+        :raises ValueError: for other settings, spaces or another number of environments
+        :raises OSError: if another process works in the folder
+        """
+        return checkpoint.resume(cls, pathlib.Path(folder), env, device, settings)
+
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """
         Load a replay buffer from a pickle file. It draws by the model's ``horizon`` and ``replay_buffer_kwargs`` then.
@@ -653,7 +767,11 @@ class BOOM(OffPolicyAlgorithm):
         :param truncate_last_traj: unused, as with SB3's own ReplayBuffer: an open episode is closed by the next reset
         :raises ValueError: for a buffer of another kind, of other spaces or of another number of environments
         """
-        loaded = load_from_pkl(path, self.verbose)
+        if isinstance(path, (str, pathlib.Path)):
+            path = pathlib.Path(path)
+            loaded = load_pickle(path if path.exists() else _pickle_path(path))
+        else:
+            loaded = load_from_pkl(path, self.verbose)
         check_buffer(loaded, {name: getattr(self, name) for name in ("observation_space", "action_space", "n_envs")})
         loaded.device = self.device  # it was pickled with its own
         loaded.draw_like(self.horizon, **self.replay_buffer_kwargs)
@@ -704,4 +822,12 @@ class BOOM(OffPolicyAlgorithm):
         check_archive(path)
         check_load_arguments(cls.__mro__[: cls.__mro__.index(BOOM) + 1], kwargs)
         with misfit_named(path, kwargs):
-            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+            model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        warn_if_non_finite(model.policy, path)
+        return model
+
+
+def _pickle_path(path: str | pathlib.Path) -> pathlib.Path:
+    """:param path: a user's. :return: it, with ".pkl" if it has no suffix, as in SB3"""
+    path = pathlib.Path(path)
+    return path if path.suffix else path.with_name(f"{path.name}.pkl")

@@ -9,6 +9,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_boom import storage
 from sb3_boom.core.losses import WARMUP_STD
 from sb3_boom.core.transfer import send, to_gpu
 
@@ -90,6 +91,7 @@ class WeightedReplayBuffer(ReplayBuffer):
     """
 
     obs_shape: Any
+    _closing = False  # a class's attribute, for buffers that were pickled without
 
     def __init__(
         self,
@@ -136,6 +138,8 @@ class WeightedReplayBuffer(ReplayBuffer):
         self._episode_open = np.zeros(self.n_envs, dtype=bool)
         self._episodes: Episodes | None = None  # None: to be found anew
         self._n_overwritten = 0  # rows since they were found
+        self._n_added = 0  # rows, overwritten ones too
+        self._id = storage.new_id()  # of what is stored: a checkpoint adds to what it has of the same
         self._warn_if_too_large()
         self._slots = np.empty((0, self.n_envs), dtype=np.int32)  # final_slot, where the host reads it
         # VecNormalize's means and variances, and both where the data lies
@@ -197,6 +201,7 @@ class WeightedReplayBuffer(ReplayBuffer):
         self._last_next_obs, self._last_slots, self._episode_open = next_rows, slots, ~done
 
         self.pos += 1
+        self._n_added += 1
         if self.pos == self.buffer_size:
             self.full, self.pos = True, 0
 
@@ -259,11 +264,11 @@ class WeightedReplayBuffer(ReplayBuffer):
         }
         if self.value_temperature is not None:
             zeros["values"] = ((), th.float32)
-        self._storage = {name: _zeros((*shape, *tail), dtype, device) for name, (tail, dtype) in zeros.items()}
+        self._storage = {name: storage.zeros((*shape, *tail), dtype, device) for name, (tail, dtype) in zeros.items()}
         for key, row in rows.items():
             like = th.from_numpy(row)
-            self._storage[f"obs/{key}"] = _zeros((*shape, *like.shape[1:]), like.dtype, device)
-            self._final_observations[key] = _zeros((n_finals, *like.shape[1:]), like.dtype, device)
+            self._storage[f"obs/{key}"] = storage.zeros((*shape, *like.shape[1:]), like.dtype, device)
+            self._final_observations[key] = storage.zeros((n_finals, *like.shape[1:]), like.dtype, device)
         self._free_slots = np.arange(n_finals - 1, self.n_envs - 1, -1, dtype=np.int32)
         self._mirror_slots()
 
@@ -308,9 +313,10 @@ class WeightedReplayBuffer(ReplayBuffer):
 
         :return: the last transitions' new ``final_slot`` ``[n_envs]`` as "last_slots", nothing if there are none
         """
+        closing, self._closing = self._closing, False
         if not self._episode_open.any():
             return {}
-        continues = self._episode_open.copy()
+        continues = self._episode_open & (not closing)
         for key, rows in obs_rows.items():
             continues &= (rows == self._last_next_obs[key]).reshape(self.n_envs, -1).all(axis=1)
         last_slots = self._last_slots.copy()
@@ -324,6 +330,10 @@ class WeightedReplayBuffer(ReplayBuffer):
                 finals[at["to"]] = finals[at["own"]]
         self._slots[self.pos - 1] = last_slots
         return {"last_slots": last_slots}
+
+    def close_episodes(self) -> None:
+        """What is added next does not follow on what was added last, whatever its observation is."""
+        self._closing = True
 
     def _take_slots(self, n: int) -> np.ndarray:
         """Reserve ``n`` places for the final observations of ended episodes, growing the store where these are short."""
@@ -534,6 +544,7 @@ class WeightedReplayBuffer(ReplayBuffer):
         self._storage, self._final_observations, self._last_next_obs, self._statistics = {}, {}, {}, {}
         self._episode_open = np.zeros(self.n_envs, dtype=bool)
         self._episodes = None
+        self._n_added, self._id = 0, storage.new_id()
 
     def draw_like(
         self,
@@ -565,27 +576,13 @@ class WeightedReplayBuffer(ReplayBuffer):
         self._mirror_slots()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__, _episodes=None, _statistics={}, _slots=None)
-        for name in ("_storage", "_final_observations"):
-            state[name] = {key: tensor.cpu().numpy() for key, tensor in state[name].items()}
-        return state
+        return dict(storage.content(self), _statistics={}, _slots=None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        for name in ("_storage", "_final_observations"):
-            setattr(
-                self, name, {key: th.from_numpy(np.require(array, requirements="W")) for key, array in state[name].items()}
-            )
+        storage.set_content(self, state)
         self._statistics = {}  # of a buffer of an earlier version too
         self._slots = np.empty((0, self.n_envs), dtype=np.int32)
         self._mirror_slots()
-
-
-def _zeros(shape: tuple[int, ...], dtype: th.dtype, device: th.device) -> th.Tensor:
-    """``th.zeros``, which on a CPU would touch every page: NumPy's take memory only as they are written."""
-    if device.type != "cpu":
-        return th.zeros(shape, dtype=dtype, device=device)
-    return th.from_numpy(np.zeros(shape, dtype=th.empty((), dtype=dtype).numpy().dtype))
 
 
 def _take(stored: th.Tensor, indices: th.Tensor) -> th.Tensor:

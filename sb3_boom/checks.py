@@ -45,9 +45,9 @@ RANGES = {
     "tau": (0.0, 1.0),
     "gamma": (0.0, 1.0),
     **dict.fromkeys(("consistency_coef", "reward_coef", "value_coef", "termination_coef", "align_coef"), (0.0, math.inf)),
-    **dict.fromkeys(("rho", "ent_coef", "align_temperature", "max_grad_norm"), (0.0, math.inf)),
+    **dict.fromkeys(("rho", "ent_coef", "align_temperature", "max_grad_norm", "worker_timeout"), (0.0, math.inf)),
 }
-POSITIVE = ("tau", "align_temperature", "max_grad_norm")
+POSITIVE = ("tau", "worker_timeout", "align_temperature", "max_grad_norm")
 AUTO = ("learning_starts", "pretrain_steps", "batch_size", "gamma", "align_coef")
 Self = TypeVar("Self")
 Arguments = ParamSpec("Arguments")
@@ -86,7 +86,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         if settings[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, not {settings[name]!r}")
     for name in (*WHOLE_NUMBERS, *RANGES):
-        _check_number(name, settings[name])
+        if not (name == "worker_timeout" and settings[name] is None):
+            _check_number(name, settings[name])
     for name in ("handle_terminations", "align_warmup"):
         if not isinstance(settings[name], bool):
             raise ValueError(f"{name} must be True or False, not {settings[name]!r}")
@@ -167,6 +168,9 @@ def check_archive(path: str | pathlib.Path | io.BufferedIOBase) -> None:
             names = set(archive.namelist())
             if "data" in names and archive.getinfo("data").file_size > MAX_DATA_BYTES:
                 raise ValueError(f"{path} is no BOOM model: its settings unpack to more than {MAX_DATA_BYTES} bytes")
+            damaged = archive.testzip()  # which reads all of it, and unpickles nothing
+            if damaged is not None:
+                raise ValueError(f"{path} is damaged: the checksum of {damaged} in it is another one. Load an earlier copy")
             data = json.loads(archive.read("data")) if "data" in names else None
             version = data.get("format_version") if isinstance(data, dict) else None
     except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:

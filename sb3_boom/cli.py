@@ -7,13 +7,17 @@ The ``sb3-boom`` command. Most of it is rl_zoo3's, for BOOM.
 """
 
 import argparse
+import functools
 import os
+import pathlib
 import runpy
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 import gymnasium as gym
+
+from sb3_boom.core import processor
 
 USAGE = """usage: sb3-boom [--traceback] COMMAND [--cpu | --paper] ...
 
@@ -31,6 +35,7 @@ commands, of which the first five take rl_zoo3's options (sb3-boom COMMAND --hel
 options:
   --cpu        train, optimize, list, benchmark: settings for two CPU cores (boom-cpu.yml), the default without a GPU
   --paper      the same: the paper's settings (boom.yml), the default with a GPU
+  --resume     train: a folder for the whole run, with checkpoints; the same command goes on where the run was interrupted
   --traceback  show where an error comes from"""
 USER_ERRORS = (ValueError, ImportError, OSError, gym.error.Error)
 OTHER_ERRORS = (TypeError, AssertionError, KeyError, RuntimeError)  # a mistake of the user's, or of a program's
@@ -67,17 +72,29 @@ def train(arguments: list[str], cpu: bool) -> None:
     :param arguments: of rl_zoo3's ``train``
     :param cpu: which hyperparameter file to take, unless ``--conf-file`` names one
     """
-    from rl_zoo3.train import train as rl_zoo3_train
+    import rl_zoo3.train
 
     from sb3_boom import zoo
+    from sb3_boom.experiment import ResumableExperiment
 
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=pathlib.Path)
+    options, arguments = parser.parse_known_args(arguments)
     _rl_zoo3(arguments)
     path = zoo.hyperparams_file(cpu)
     if not {"-conf", "--conf-file"} & set(arguments):
         sizes, other = ("two CPU cores", "--paper") if cpu else ("a GPU", "--cpu")
         print(f"settings for {sizes}: {path} ({other} takes the others)", flush=True)
     sys.argv[1:] = ["--algo", "boom", "--conf-file", str(path), *arguments]  # the last one counts
-    rl_zoo3_train()
+    if options.resume is None:
+        rl_zoo3.train.train()
+        return
+    manager = rl_zoo3.train.ExperimentManager
+    rl_zoo3.train.ExperimentManager = functools.partial(ResumableExperiment, folder=options.resume)  # type: ignore
+    try:
+        rl_zoo3.train.train()
+    finally:
+        rl_zoo3.train.ExperimentManager = manager  # type: ignore[misc]
 
 
 def optimize(arguments: list[str], cpu: bool) -> None:
@@ -194,6 +211,7 @@ def _output_is_closed() -> bool:
 
 def main() -> None:
     """Entry point of ``sb3-boom``."""
+    processor.use_all_instructions()  # before torch is imported
     arguments = sys.argv[1:]
     traceback = "--traceback" in arguments[:1]
     arguments = arguments[1:] if traceback else arguments
@@ -214,6 +232,8 @@ def main() -> None:
     argparse.ArgumentParser.error = _one_line  # type: ignore[method-assign, assignment]  # rl_zoo3's parsers are its own
     try:
         BY_ENTRY[command](arguments, cpu) if command in BY_ENTRY else OTHERS[command](arguments)
+    except KeyboardInterrupt as error:
+        fail(error if error.args else "interrupted", status=130)
     except (*USER_ERRORS, *OTHER_ERRORS) as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():  # `sb3-boom list | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -36,17 +36,26 @@ class Meters:
         th._foreach_add_(list(self._terms.values()), list(terms.values()))
         self.n_updates += 1
 
+    def means(self) -> dict[str, float]:
+        """
+        Waits for the device.
+
+        :return: means of all terms since :meth:`take_terms`, by name; empty if there were no updates
+        """
+        if self.n_updates == 0:
+            return {}
+        means = (th.stack(list(self._terms.values())) / self.n_updates).tolist()
+        return dict(zip(self._terms, means, strict=True))
+
     def take_terms(self) -> dict[str, float]:
         """
         Waits for the device.
 
         :return: means since the last call, by name; empty if there were no updates
         """
-        if self.n_updates == 0:
-            return {}
-        means = (th.stack(list(self._terms.values())) / self.n_updates).tolist()
-        names, self._terms, self.n_updates = list(self._terms), {}, 0
-        return dict(zip(names, means, strict=True))
+        means = self.means()
+        self._terms, self.n_updates = {}, 0
+        return means
 
     @contextlib.contextmanager
     def timing(self, name: str, count: int, device: th.device) -> Iterator[None]:
@@ -91,6 +100,14 @@ class Meters:
             return
         total, n = self._seconds.get(name, (0.0, 0))
         self._seconds[name] = (total + seconds, n + count)
+
+    def state(self) -> dict[str, Any]:
+        """:return: for JSON, what :meth:`set_state` takes; without losses that were not taken yet"""
+        return {"seconds": self._seconds}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """:param state: of another one, to go on from"""
+        self._seconds = {name: (total, n) for name, (total, n) in state["seconds"].items()}
 
     def milliseconds(self) -> dict[str, float]:
         """

@@ -1,6 +1,6 @@
 """What all tests share: tiny models, a features extractor, and the golden vectors' place."""
 
-import sb3_boom  # noqa: F401  # before torch, for fast products: see its core/processor.py
+from sb3_boom import BOOM  # noqa: F401  # before torch, for fast products: see core/processor.py
 
 # isort: split
 import os

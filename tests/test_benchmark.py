@@ -144,17 +144,16 @@ def test_a_killed_run_goes_on_from_its_checkpoint_without_losing_or_doubling_row
     one = ["benchmark", "one", "--cpu", "--task", "Pendulum-v1", "--eval-freq", "20", "--steps", "100"]
     one += ["--eval-episodes", "1", "--csv", "results.csv", *QUICK]
     process = subprocess.Popen([sys.executable, "-m", "sb3_boom", *one], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folder = runner.run_folder(Path("logs/benchmark"), "Pendulum-v1", "forward_kl", 0)
     deadline = time.monotonic() + 120
-    while not (folder / "checkpoint").exists() and time.monotonic() < deadline:
+    while not rows.of_run(Path("results.csv"), ("Pendulum-v1", "forward_kl", 0)) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = table()
     assert 1 <= len(before) < 5
     saved = []
-    load = runner.BOOM.load
-    monkeypatch.setattr(runner.BOOM, "load", lambda *args, **kwargs: saved.append(load(*args, **kwargs)) or saved[0])
+    resume = runner.BOOM.resume
+    monkeypatch.setattr(runner.BOOM, "resume", lambda *args, **kwargs: saved.append(resume(*args, **kwargs)) or saved[0])
     assert command(monkeypatch, *one) == 0
     assert len(saved) == 1 and saved[0].replay_buffer.size() == 100 and saved[0].num_timesteps == 100
     after = table()
@@ -186,28 +185,28 @@ def test_a_folder_is_not_gone_on_with_under_other_settings(monkeypatch, capsys):
     assert len(table()) == 1 and not Path("other.csv").exists()
 
 
-def test_a_checkpoint_survives_a_kill_between_its_two_renames(monkeypatch):
-    def train(steps: int) -> None:
-        runner.train_one("Pendulum-v1", "release", 0, 60, steps, Path("results.csv"), Path("run"), file, 1, overrides)
+def test_a_run_that_is_killed_between_a_checkpoint_and_its_row_writes_the_row(monkeypatch):
+    def train() -> None:
+        runner.train_one("Pendulum-v1", "release", 0, 60, 20, Path("results.csv"), Path("run"), file, 1, overrides)
 
     file, overrides = zoo.hyperparams_file(True), {**SMALL, **OTHERS}
-    rename = Path.rename
+    append = rows.append
 
-    def killed(self: Path, target: Path) -> Path:
-        if self.name == "checkpoint-new" and len(table()) == 2:
+    def killed(path: Path, new: list[Row]) -> None:
+        if new[0].agent_steps == 40:
             raise KeyboardInterrupt
-        return rename(self, target)
+        append(path, new)
 
-    monkeypatch.setattr(Path, "rename", killed)
+    monkeypatch.setattr(rows, "append", killed)
     with pytest.raises(KeyboardInterrupt):
-        train(20)
-    assert not Path("run/checkpoint").exists()
-    monkeypatch.setattr(Path, "rename", rename)
-    saved = []
-    load = runner.BOOM.load
-    monkeypatch.setattr(runner.BOOM, "load", lambda *args, **kwargs: saved.append(load(*args, **kwargs)) or saved[0])
-    train(20)
-    assert len(saved) == 1 and [row.agent_steps for row in table()] == [20, 40, 60]
+        train()
+    monkeypatch.setattr(rows, "append", append)
+    before = table()
+    assert [row.agent_steps for row in before] == [20]
+    train()
+    assert [row.agent_steps for row in table()] == [20, 40, 60] and table()[:1] == before
+    train()
+    assert len(table()) == 3
 
 
 def test_a_run_without_a_variant_has_the_name_of_its_alignment(monkeypatch):
@@ -219,7 +218,8 @@ def test_a_run_without_a_variant_has_the_name_of_its_alignment(monkeypatch):
     assert [row.variant for row in table()] == ["forward_kl", "release", "none"]
     for variant in ("forward_kl", "release", "none"):
         folder = runner.run_folder(Path("logs/benchmark"), "Pendulum-v1", variant, 0)
-        assert runner.BOOM.load(folder / "checkpoint" / "model").alignment == variant
+        (path,) = runner.checkpoint_folder(folder).glob("checkpoint-*/model.zip")
+        assert runner.BOOM.load(path).alignment == variant
 
 
 def test_what_is_done_is_taken_only_for_the_same_settings(monkeypatch, capsys):

@@ -25,7 +25,7 @@ def test_named_test_exists(file, test):
     assert re.search(rf"^def {test}\(", (TESTS / file).read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/surviving.md"])
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sb3_boom.policies.choose_compiler", lambda setting, device: eager)

@@ -15,14 +15,17 @@ PACKAGE = ROOT / "sb3_boom"
 # a room imports those before it; rooms of a tuple do not import each other
 ROOMS = [
     "core",
+    ("files", "guards", "storage"),
     ("buffers", "policies"),
-    ("update", "presets", "prior", "checks", "meters", "progress", "foresight"),
+    ("update", "presets", "prior", "checks", "meters", "progress", "logs", "foresight"),
+    ("waits", "checkpoint"),
     "boom",
-    ("checkpoint", "callbacks"),
+    "callbacks",
     ("inspection", "deployment"),
     "zoo",
     "benchmark",
     "cluster",
+    "experiment",
     "cli",
     "__main__",
 ]
@@ -33,7 +36,9 @@ CORE = ["kernels", ("torch_layers", "two_hot"), ("world_model", "actor", "critic
 def imported(path: pathlib.Path) -> set[str]:
     """Modules that a file imports, below functions too, except those for type checkers alone."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -7,6 +7,7 @@ import pathlib
 import sys
 
 import gymnasium as gym
+import numpy as np
 import optuna
 import pytest
 import torch as th
@@ -229,3 +230,22 @@ def test_measures_what_a_step_costs(run, tmp_path):
 def test_help_names_every_command(run):
     status, output, _ = run("--help")
     assert status == 0 and all(f"  {command} " in output for command in (*cli.BY_ENTRY, *cli.OTHERS))
+
+
+def test_a_run_in_a_folder_of_its_own_goes_on_there(run):
+    train = "train --env Pendulum-v1 --cpu --resume run --eval-freq 20 --eval-episodes 1 --save-freq 20".split()
+    params = {**TINY, "n_envs": 1, "gradient_steps": 0, "env_kwargs": dict(max_episode_steps=10)}
+    train += ["-params", *(f"{name}:{value!r}" for name, value in params.items() if name not in ("seed", "compile"))]
+    status, output, _ = run(*train, "-n", "45")
+    assert status == 0 and "run has no checkpoint: the run starts" in output
+    first = pathlib.Path("run/0.monitor.csv").read_text()
+    assert len(first.splitlines()) == 2 + 4
+    status, output, _ = run(*train, "-n", "90")
+    assert status == 0 and "run has a checkpoint: the run goes on" in output
+    second = pathlib.Path("run/0.monitor.csv").read_text()
+    assert second.startswith(first) and len(second.splitlines()) == 2 + 8  # one episode was cut at step 45
+    evaluations = np.load("run/evaluations.npz")
+    assert evaluations["timesteps"].tolist() == [20, 40, 60, 80]
+    assert BOOM.resume("run", gym.make("Pendulum-v1")).num_timesteps == 90
+    status, _, errors = run(*train, "tau:0.5", "-n", "90")
+    assert status == 1 and "tau was" in errors and "is 0.5" in errors

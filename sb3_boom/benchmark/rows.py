@@ -113,6 +113,15 @@ def read(path: Path) -> tuple[list[Row], list[str]]:
     return list(rows.values()), problems
 
 
+def of_run(path: Path, run: tuple[str, str, int]) -> list[Row]:
+    """
+    :param path: a benchmark's CSV, or where it will be
+    :param run: task, variant and seed
+    :return: its rows
+    """
+    return [row for row in read(path)[0] if row.run == run] if path.exists() else []
+
+
 def append(path: Path, rows: Iterable[Row]) -> None:
     """
     Append rows that are not there yet, under a header if the file is new. Several processes may do so at once. A row that is

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_boom import BOOM, zoo
+from sb3_boom import BOOM, checkpoint, zoo
 from sb3_boom.benchmark import baselines, rows
 from sb3_boom.benchmark.rows import AgentLog, EvaluationLog
+from sb3_boom.callbacks import ResumableCheckpointCallback
 
 SUITES: dict[str, tuple[str, ...]] = {
     "dmc6": tuple(
@@ -137,26 +138,44 @@ def train_one(
         settings |= changes(variant, settings, int(np.prod(env.action_space.shape or ())))
     settings["buffer_size"] = min(settings.get("buffer_size", 1_000_000), steps)  # it never holds more
 
-    checkpoint = folder / "checkpoint"
+    own = folder / "checkpoint"  # a baseline's, which SB3 saves
     for whole in (folder / "checkpoint-new", folder / "checkpoint-old"):  # killed between the two renames of _save
-        if not checkpoint.exists() and (whole / "wall_s").exists():
-            whole.rename(checkpoint)
-    if checkpoint.exists():
-        model = algorithm.load(checkpoint / "model", env=env)
-        model.load_replay_buffer(checkpoint / "replay_buffer")
-        wall_s = float((checkpoint / "wall_s").read_text())
-        print(f"{task} {variant} seed {seed}: goes on from {model.num_timesteps} steps", flush=True)
+        if not own.exists() and (whole / "wall_s").exists():
+            whole.rename(own)
+    callbacks = [ResumableCheckpointCallback(checkpoint_folder(folder), save_freq=eval_freq)] if algorithm is BOOM else []
+    model: OffPolicyAlgorithm
+    if callbacks and checkpoint.is_there(checkpoint_folder(folder)):
+        model = BOOM.resume(checkpoint_folder(folder), env)
+    elif own.exists() and not callbacks:
+        model = algorithm.load(own / "model", env=env)
+        model.load_replay_buffer(own / "replay_buffer")
     else:
         model = algorithm(env=env, seed=seed, **settings)
-        wall_s = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.json").write_text(identity)
+    if model.num_timesteps:
+        print(f"{task} {variant} seed {seed}: goes on from {model.num_timesteps} steps", flush=True)
+    there = rows.of_run(csv, (task, variant, seed))
+    wall_s = max((row.wall_s for row in there), default=0.0)
     log = log_class(eval_env, csv, (task, variant, seed), n_eval_episodes, eval_freq=0, wall_s=wall_s)
-    while model.num_timesteps < steps:
+    # a checkpoint is written before the row there, and the run may have been killed between the two
+    row_is_due = 0 < model._total_timesteps <= model.num_timesteps not in [row.agent_steps for row in there]
+    while row_is_due or model.num_timesteps < steps:
         until = min((model.num_timesteps // eval_freq + 1) * eval_freq, steps)
-        model.learn(until - model.num_timesteps, callback=log, reset_num_timesteps=False)
-        log.evaluate()  # first the row, then the checkpoint: a row that is there already is not written twice
-        _save(model, log.wall_s, checkpoint)
+        left = 0 if row_is_due else until - model.num_timesteps
+        model.learn(left, callback=[log, *callbacks], reset_num_timesteps=False)
+        log.evaluate()
+        row_is_due = False
+        if not callbacks:
+            _save(model, log.wall_s, own)
+
+
+def checkpoint_folder(folder: Path) -> Path:
+    """
+    :param folder: of a run
+    :return: where its checkpoints are
+    """
+    return folder / "checkpoints"
 
 
 def changes(variant: str, settings: dict[str, Any], action_dim: int) -> dict[str, Any]:
@@ -184,7 +203,7 @@ def _check_same(folder: Path, settings: str, csv: Path, run: tuple[str, str, int
     """
     path = folder / "settings.json"
     if not path.exists():
-        if csv.exists() and any(row.run == run for row in rows.read(csv)[0]):
+        if rows.of_run(csv, run):
             raise ValueError(
                 f"{csv} has rows of {' '.join(map(str, run))}, not made in {folder}: remove them, or take another --csv"
             )
