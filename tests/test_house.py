@@ -19,6 +19,7 @@ ROOMS = [
     ("buffers", "policies"),
     ("update", "presets", "prior", "checks", "meters", "progress", "logs", "foresight"),
     ("waits", "checkpoint"),
+    "saving",
     "boom",
     "callbacks",
     ("inspection", "deployment"),
