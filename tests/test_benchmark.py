@@ -246,7 +246,8 @@ def test_variants_are_settings_of_the_model(variant, monkeypatch):
     runner.train_one("Pendulum-v1", variant, 0, 30, 30, Path("results.csv"), Path("run"), file, 1, overrides)
     assert [row.run for row in table()] == [("Pendulum-v1", variant, 0)]
     for name, value in runner.VARIANTS[variant].items():
-        assert made[0][name] == (value(1) if callable(value) else value)
+        value = value(1) if callable(value) else value
+        assert made[0][name] == (overrides[name] | value if isinstance(value, dict) else value)
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,24 @@ def test_predicted_termination_thins_out_rewards_and_critic_once_terminations_we
     assert value_of(world, actions, KnownCritic(10.0), UNSEEN)[0].tolist() == pytest.approx([full, full])
 
 
+def test_value_at_the_horizon_is_a_pairs_mean_or_the_minimum_of_all():
+    world, actor, critic = real_networks()
+    z, actions, noise, pair = th.rand(2, 16), th.rand(3, 2, 5, 2), th.randn(2, 5, 2), th.tensor([0, 2])
+    final = z.unsqueeze(1).expand(-1, 5, -1)
+    for action in actions:
+        final = world.next(final, action)
+    q = critic.values(final, actor.sample(final, noise), th.arange(critic.n_critics)).squeeze(-1)
+    values = {
+        how: planner.trajectory_values(
+            world, actor, critic, replace(CONFIG, horizon_value=how), z, actions, noise, pair, UNSEEN
+        )
+        for how in planner.HORIZON_VALUES
+    }
+    difference = CONFIG.gamma**3 * (q.amin(dim=0) - q[[0, 2]].mean(dim=0))
+    assert difference.abs().max() > 0.01
+    th.testing.assert_close(values["min"] - values["mean"], difference, rtol=1e-3, atol=1e-5)
+
+
 def test_planner_avoids_a_known_termination():
     """Large first actions earn more at once, but end the episode."""
     world = KnownWorld(lambda z, action: 1.0 + action[..., :1], ends_above_half)
@@ -279,7 +297,7 @@ def test_noise_is_reproducible_and_pairs_are_distinct_and_uniform():
 @pytest.mark.parametrize(
     "bad",
     [dict(n_elites=200), dict(horizon=0), dict(n_iterations=0), dict(min_std=3.0), dict(min_std=0.0), dict(temperature=0.0),
-     dict(n_policy_samples=-1), dict(n_samples=16.5)],
+     dict(n_policy_samples=-1), dict(n_samples=16.5), dict(horizon_value="max")],
 )  # fmt: skip
 def test_impossible_settings_are_value_errors(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

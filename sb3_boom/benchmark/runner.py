@@ -53,6 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "coef_1": {"align_coef": 1.0},
     "max_std_0.5": {"planner_kwargs": {"max_std": 0.5}},
     "coef_1_max_std_0.5": {"align_coef": 1.0, "planner_kwargs": {"max_std": 0.5}},
+    "min_value": {"planner_kwargs": {"horizon_value": "min"}},
     "two_updates": {"gradient_steps": 2},
 }
 

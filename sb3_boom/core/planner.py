@@ -15,7 +15,17 @@ from sb3_boom.core.critic import Critic, draw_pairs
 from sb3_boom.core.world_model import WorldModel
 
 PLANNERS = ("mppi", "cem")
-PLANNER_KWARGS = ("n_samples", "n_elites", "n_policy_samples", "n_iterations", "temperature", "min_std", "max_std")
+HORIZON_VALUES = ("mean", "min")
+PLANNER_KWARGS = (
+    "n_samples",
+    "n_elites",
+    "n_policy_samples",
+    "n_iterations",
+    "temperature",
+    "min_std",
+    "max_std",
+    "horizon_value",
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,8 @@ class PlannerConfig:
     :param temperature: of the elites' weights ``exp(temperature * (value - best))``; unused by CEM
     :param min_std: lower bound of the sampling std
     :param max_std: upper bound of the sampling std, and its start
+    :param horizon_value: what the critics say at the horizon: "mean" of a random pair, as the paper and TD-MPC2, or "min" of
+        all, which plans can exploit less
     :param horizon: steps ``H`` looked ahead before the critics take over
     :param gamma: discount
     :param uniform_elites: weigh all elites alike, which is CEM
@@ -43,6 +55,7 @@ class PlannerConfig:
     temperature: float = 0.5
     min_std: float = 0.05
     max_std: float = 2.0
+    horizon_value: str = "mean"
     horizon: int = 3
     gamma: float = 0.99
     uniform_elites: bool = False
@@ -60,6 +73,8 @@ class PlannerConfig:
             raise ValueError(f"0 < min_std <= max_std is needed, not min_std={self.min_std}, max_std={self.max_std}")
         if self.temperature <= 0.0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
+        if self.horizon_value not in HORIZON_VALUES:
+            raise ValueError(f"horizon_value must be one of {', '.join(HORIZON_VALUES)}, not {self.horizon_value!r}")
 
 
 def make_config(
@@ -194,7 +209,8 @@ def trajectory_values(
     terminations_seen: th.Tensor,
 ) -> th.Tensor:
     """
-    Value of action sequences: ``Σ_t γ^t alive_t R_t + γ^H alive_H avg(Q_i, Q_j)(z_H, π(z_H))``.
+    Value of action sequences: ``Σ_t γ^t alive_t R_t + γ^H alive_H avg(Q_i, Q_j)(z_H, π(z_H))``, with ``min_i Q_i`` in the
+    average's place where ``horizon_value`` is "min".
 
     ``alive_t = Π_{s<=t} (1 - p_s)`` is the probability that no step before ended the episode, ``p_s`` the predicted one of
     a termination on reaching ``z_s``; it is 1 as long as no terminations have been seen at all.
@@ -216,7 +232,11 @@ def trajectory_values(
         latents.append(world_model.next(latents[-1], step_actions))
     rollout, z_final = th.stack(latents), latents[-1]
     rewards = world_model.two_hot.decode(world_model.reward_logits(rollout[:-1], actions))
-    q_final = critic.values(z_final, actor.sample(z_final, terminal_noise), critic_pair).mean(dim=0)
+    final_action = actor.sample(z_final, terminal_noise)
+    if config.horizon_value == "min":
+        q_final = critic.values(z_final, final_action, th.arange(critic.n_critics, device=z.device)).amin(dim=0)
+    else:
+        q_final = critic.values(z_final, final_action, critic_pair).mean(dim=0)
 
     value = th.zeros_like(q_final)
     alive = th.ones_like(q_final)
