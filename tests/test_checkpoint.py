@@ -117,9 +117,11 @@ def test_a_run_that_is_resumed_goes_on_as_the_one_that_was_not_interrupted(setti
 
 
 PROGRAM = """
-import sys, sb3_boom, gymnasium as gym, torch as th  # in the order of conftest, which torch's products depend on
+import sys
+from sb3_boom import BOOM  # in the order of conftest, which torch's products depend on
+import gymnasium as gym, torch as th
 sys.path.insert(0, {tests!r})
-from test_checkpoint import BOOM, ResumableCheckpointCallback, go_on, pendulum, train
+from test_checkpoint import ResumableCheckpointCallback, go_on, pendulum, train
 {body}
 """
 

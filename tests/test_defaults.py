@@ -409,10 +409,11 @@ def test_memory_is_taken_as_the_buffer_fills():
     assert psutil.Process().memory_info().rss - before < 50e6  # full, it takes 0.7 GB
 
 
-def test_a_loaded_buffer_is_not_copied():
-    buffer = sb3_boom.WeightedReplayBuffer(50, spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (1,)), "cpu")
+def test_a_full_buffer_is_not_copied_when_it_is_loaded():
+    buffer = sb3_boom.WeightedReplayBuffer(5, spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (1,)), "cpu")
     obs, action = np.ones((1, 3), np.float32), np.zeros((1, 1), np.float32)
-    buffer.add(obs, obs, action, np.zeros(1), np.zeros(1, bool), [{}])
+    for _ in range(5):
+        buffer.add(obs, obs, action, np.zeros(1), np.zeros(1, bool), [{}])
     state = buffer.__getstate__()
     other = object.__new__(type(buffer))
     other.__setstate__(state)

@@ -47,7 +47,8 @@ def amd(monkeypatch, tmp_path):
     """A process in which torch has not been imported yet, on such a processor."""
     (tmp_path / "cpuinfo").write_text(AMD)
     monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(processor, "_is_answered", lambda: False)
+    monkeypatch.setattr(processor, "_is_preloaded", lambda: False)
+    monkeypatch.setattr(processor, "_answered", False)
     monkeypatch.setattr(processor, "_reason", None)
     monkeypatch.setattr("platform.system", lambda: "Linux")
     monkeypatch.setattr("platform.machine", lambda: "x86_64")

@@ -22,6 +22,7 @@ SOURCE = "int mkl_serv_intel_cpu_true(void) { return 1; }\n"
 CPUINFO = pathlib.Path("/proc/cpuinfo")
 
 _reason: str | None = None  # why products are slower than they could be
+_answered = False  # by us, or by what the user preloaded
 
 
 def gains(cpuinfo: str) -> bool:
@@ -38,11 +39,13 @@ def use_all_instructions() -> None:
 
     Compiles one line of C, once, into the user's cache folder. Does nothing where there is nothing to gain.
     """
-    global _reason
+    global _answered, _reason
     on_linux = platform.system() == "Linux" and platform.machine() == "x86_64" and CPUINFO.exists()
-    if not on_linux or not gains(CPUINFO.read_text(errors="replace")) or _is_answered():
+    if _answered or not on_linux or not gains(CPUINFO.read_text(errors="replace")):
         return
-    if os.environ.get(SETTING) == "0":
+    if _is_preloaded():
+        _answered = True
+    elif os.environ.get(SETTING) == "0":
         _reason = f"{SETTING}=0 leaves it so"
     elif "torch" in sys.modules:
         _reason = "import sb3_boom before torch and stable_baselines3"
@@ -50,7 +53,7 @@ def use_all_instructions() -> None:
         try:
             # its symbols come before those of what is loaded later
             ctypes.CDLL(str(_library()), mode=os.RTLD_GLOBAL | os.RTLD_NOW)
-            _reason = None
+            _answered, _reason = True, None
         except (OSError, subprocess.SubprocessError) as error:
             _reason = f"a C compiler and a cache folder to write to would help: {error}"
 
@@ -62,8 +65,8 @@ def why_slow() -> str | None:
     return None if _reason is None else f"matrix products run at half of this AMD processor's speed: {_reason}"
 
 
-def _is_answered() -> bool:
-    """Whether the name is defined already: a user may preload it, too."""
+def _is_preloaded() -> bool:
+    """Whether the name is defined before torch does it."""
     return "torch" not in sys.modules and hasattr(ctypes.CDLL(None), "mkl_serv_intel_cpu_true")
 
 
