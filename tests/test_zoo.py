@@ -17,6 +17,7 @@ from rl_zoo3.utils import get_wrapper_class
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_boom import BOOM, cli, zoo
+from sb3_boom.benchmark import step
 from sb3_boom.core.compilation import eager
 
 ENTRIES = [(path, env_id) for path in map(zoo.hyperparams_file, (False, True)) for env_id in zoo.read_hyperparams(path)]
@@ -225,6 +226,12 @@ def test_measures_what_a_step_costs(run, tmp_path):
     assert four["plan_gflop"] == pytest.approx(4 * one["plan_gflop"], rel=0.01)
     assert four["update_gflop"] == one["update_gflop"] > 0
     assert all(row[name] > 0 for row in (one, four) for name in row if name not in ("size", "what"))
+
+
+def test_measures_what_a_step_of_other_algorithms_costs(monkeypatch):
+    monkeypatch.setattr(step, "LOOP_STEPS", 1)
+    row = step.measure_baseline("tiny", "SAC", 2, "cpu")
+    assert (row["what"], row["n_envs"]) == ("SAC", 2) and row["env_steps_per_s"] > 0
 
 
 def test_help_names_every_command(run):

@@ -19,6 +19,7 @@ import resource
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -29,6 +30,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_boom import BOOM
+from sb3_boom.benchmark import baselines
 from sb3_boom.core.compilation import keep_freed_memory, subnormals_flushed
 from sb3_boom.core.processor import why_slow
 
@@ -210,6 +212,23 @@ def measure(size: str, n_envs: int, what: str, changes: dict[str, Any], args: ar
     return {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
 
 
+def measure_baseline(size: str, name: str, n_envs: int, device: str) -> dict[str, Any]:
+    """
+    :param size: a key of :data:`PROBLEMS`, whose observations and actions to take
+    :param name: a key of :data:`baselines.ALGORITHMS`, by its defaults: an update a step of all environments together
+    :param n_envs: number of environments
+    :param device: as SB3's
+    :return: a row of the table
+    """
+    env = make_vec_env(lambda: RandomEnv(*PROBLEMS[size]), n_envs=n_envs)
+    settings = baselines.settings() | {"buffer_size": 50_000, "seed": 0, "device": device}
+    model = baselines.algorithm(name)(env=env, **settings).learn(1_100)
+    start = time.perf_counter()
+    model.learn(10 * LOOP_STEPS * n_envs, reset_num_timesteps=False)
+    rate = 10 * LOOP_STEPS * n_envs / (time.perf_counter() - start)
+    return {"size": size, "n_envs": n_envs, "what": name, "env_steps_per_s": round(rate, 3)}
+
+
 def processor() -> str:
     """:return: the processor's name, where Linux tells it"""
     info = pathlib.Path("/proc/cpuinfo")
@@ -226,6 +245,9 @@ def bench(arguments: list[str]) -> None:
     parser.add_argument("--n-envs", nargs="+", type=int, default=[1], help="environments planned for at once (default: 1)")
     parser.add_argument(
         "--scaling", action="store_true", help="more rows, each of which differs from the first in one setting"
+    )
+    parser.add_argument(
+        "--baselines", action="store_true", help="rows of SAC, TQC and CrossQ, for each number of environments"
     )
     parser.add_argument("--calls", type=int, default=100, help="to take the median of (default: 100)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's (default: one for every core)")
@@ -257,9 +279,18 @@ def measure_all(args: argparse.Namespace) -> None:
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     if machine["load_average"] > 0.5:
         print("the machine is loaded: these numbers are too high")
+    measures: list[Callable[[], dict[str, Any]]] = [
+        partial(measure, size, n_envs, what, changes, args)
+        for size, n_envs, (what, changes) in itertools.product(
+            args.sizes, args.n_envs, SCALING if args.scaling else SCALING[:1]
+        )
+    ]
+    if args.baselines:
+        cases = itertools.product(args.sizes, baselines.ALGORITHMS, args.n_envs)
+        measures += [partial(measure_baseline, *case, args.device) for case in cases]
     rows = []
-    for size, n_envs, (what, changes) in itertools.product(args.sizes, args.n_envs, SCALING if args.scaling else SCALING[:1]):
-        rows.append(measure(size, n_envs, what, changes, args))
+    for measured in measures:
+        rows.append(measured())
         for name, value in rows[-1].items():
             print(f"{name:16} {value}")
         print(flush=True)
