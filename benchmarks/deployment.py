@@ -7,6 +7,9 @@ What docs/deployment.md says of exported models, measured: equality with torch, 
     python benchmarks/deployment.py deadline --json benchmarks/results/deployment-deadline.json
 """
 
+from sb3_boom import BOOM  # before torch: see core/processor.py
+
+# isort: split
 import argparse
 import json
 import multiprocessing
@@ -27,7 +30,6 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_boom import BOOM
 from sb3_boom.benchmark.step import make_model, processor
 from sb3_boom.core import planner
 from sb3_boom.deployment import Agent
