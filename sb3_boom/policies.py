@@ -76,8 +76,7 @@ class BOOMPolicy(BasePolicy):
     :param tf32: on a GPU, let matrix products round their factors to TF32 (10 bits of mantissa), as its tensor cores multiply
         them; this is torch's own setting, of the whole process. Default True; False leaves it as it is
     :param bf16: plan with matrix products whose factors are rounded to bfloat16 (8 bits of mantissa), where the processor or
-        GPU has them: on two cores of an AMD EPYC a plan of the "5M" model takes 0.77 of the time, one of "tiny" takes
-        longer. Updates never do. Default False
+        GPU has them, which pays for large models alone. Updates never do. Default False
     :param handle_terminations: whether the world model predicts terminations; set by BOOM, as all that follow
     :param planner: "mppi" or "cem"
     :param planner_kwargs: see :class:`sb3_boom.BOOM`
