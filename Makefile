@@ -5,7 +5,7 @@ ENV ?= Pendulum-v1
 SEED ?= 0
 SOURCES := sb3_boom tests scripts benchmarks examples
 
-.PHONY: train test slow lint type format evidence evidence-settings evidence-acting evidence-gym evidence-dmc evidence-others gpu clean
+.PHONY: train test slow lint type format evidence evidence-settings evidence-terminations evidence-acting evidence-gym evidence-dmc evidence-others gpu clean
 
 .venv/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
@@ -80,6 +80,9 @@ evidence-settings: .venv/.installed
 	$(BIN)/sb3-boom benchmark run --suite development --variants $(CANDIDATES) --steps 30000 --eval-freq 5000 \
 		--csv $(EVIDENCE)/settings.csv --folder $(EVIDENCE)/settings $(PROTOCOL)
 	$(call pages,settings)
+# The changes to the termination head, each alone
+evidence-terminations: .venv/.installed
+	$(BIN)/python benchmarks/terminations.py --csv $(EVIDENCE)/terminations.csv --jobs $(JOBS)
 # Ways to act deterministically, on models of the settings' grid
 ACTING := Hopper-v5 dm_control/finger-spin-v0 dm_control/cheetah-run-v0 dm_control/reacher-easy-v0
 evidence-acting: .venv/.installed

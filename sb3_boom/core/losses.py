@@ -192,9 +192,6 @@ def model_loss(
     """
     Loss of world model and critics along a latent rollout (reference, section 5).
 
-    The termination head learns from predicted latents and from encoded observations, half each, and alone: its gradient
-    ends at its input. In the dynamics it would teach them to flag the state-action pairs seen, which foresees no new fall.
-
     :param world_model: the world model
     :param actor: the policy, for the TD target
     :param critic: the critics
@@ -236,13 +233,36 @@ def model_loss(
     loss = config.consistency_coef * consistency + config.reward_coef * reward + config.value_coef * value
     terms = {"consistency_loss": consistency, "reward_loss": reward, "critic_loss": value}
     if world_model.termination is not None:
-        logits = world_model.termination(th.stack([predicted.detach(), next_latents]))
-        termination_losses = F.binary_cross_entropy_with_logits(logits, terminations.expand_as(logits), reduction="none")
-        termination = masked_mean(termination_losses, valid, weights).mean()
+        termination = termination_loss(world_model.termination, predicted, next_latents, terminations, valid, weights)
         loss = loss + config.termination_coef * termination
         terms["termination_loss"] = termination
     terms["model_loss"] = loss
     return loss, latents.detach(), {name: term.detach() for name, term in terms.items()}
+
+
+def termination_loss(
+    head: th.nn.Module,
+    predicted: th.Tensor,
+    encoded: th.Tensor,
+    terminations: th.Tensor,
+    valid: th.Tensor,
+    weights: th.Tensor,
+) -> th.Tensor:
+    """
+    The head learns from predicted latents and from encoded observations, half each, and alone: its gradient ends at its
+    input. In the dynamics it would teach them to flag the state-action pairs seen, which foresees no new fall.
+
+    :param head: ``g``, gives a termination's logit on reaching a latent
+    :param predicted: ``ẑ_1..ẑ_H``, ``[H, B, L]``
+    :param encoded: ``z̄_1..z̄_H`` of the observations, ``[H, B, L]``
+    :param terminations: 0 or 1, ``[H, B, 1]``
+    :param valid: bool ``[H, B, 1]``
+    :param weights: see :func:`time_weights`
+    :return: scalar
+    """
+    logits = head(th.stack([predicted.detach(), encoded]))
+    cross_entropies = F.binary_cross_entropy_with_logits(logits, terminations.expand_as(logits), reduction="none")
+    return masked_mean(cross_entropies, valid, weights).mean()
 
 
 def update_scale(scale: th.Tensor, values: th.Tensor, tau: float) -> th.Tensor:

@@ -197,6 +197,14 @@ def policy_trajectories(world_model: WorldModel, actor: Actor, z: th.Tensor, noi
     return th.stack(actions)
 
 
+def end_probabilities(logits: th.Tensor) -> th.Tensor:
+    """
+    :param logits: of the termination head, on reaching latents
+    :return: ``p``, how likely it is that the episode ends there
+    """
+    return logits.sigmoid()
+
+
 def trajectory_values(
     world_model: WorldModel,
     actor: Actor,
@@ -242,7 +250,7 @@ def trajectory_values(
     alive = th.ones_like(q_final)
     ended = th.zeros_like(rewards)
     if world_model.termination is not None:
-        ended = world_model.termination(rollout[1:]).sigmoid() * terminations_seen
+        ended = end_probabilities(world_model.termination(rollout[1:])) * terminations_seen
     for t in range(config.horizon):
         value = value + config.gamma**t * alive * rewards[t]
         alive = alive * (1.0 - ended[t])
