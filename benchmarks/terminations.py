@@ -14,6 +14,9 @@ What each of the three changes to TD-MPC2's termination head does alone (`make e
 A row is an evaluation, with what was logged since the one before. Runs that the CSV has whole are not made again.
 """
 
+from sb3_boom import BOOM, zoo  # before torch, for fast products: see core/processor.py
+
+# isort: split
 import argparse
 import csv
 import itertools
@@ -26,7 +29,6 @@ import numpy as np
 import torch as th
 import torch.nn.functional as F
 
-from sb3_boom import BOOM, zoo
 from sb3_boom.benchmark.rows import revision
 from sb3_boom.callbacks import PlannerPriorEvalCallback
 from sb3_boom.core import losses, planner

@@ -11,8 +11,9 @@ from sb3_boom.core import losses
 from sb3_boom.core.actor import Actor
 from sb3_boom.core.compilation import eager
 from sb3_boom.core.critic import Critic
+from sb3_boom.core.flat import FlatOptimizer, flat_optimizer
 from sb3_boom.core.losses import LossConfig, UpdateNoise
-from sb3_boom.core.optimizers import CAPTURABLE, is_capturable
+from sb3_boom.core.optimizers import ADAMS, is_capturable, parameters_of
 from sb3_boom.core.world_model import WorldModel
 from sb3_boom.policies import BOOMPolicy
 
@@ -49,7 +50,7 @@ def may_capture_update(policy: BOOMPolicy, features_are_trained: bool) -> bool:
     """
     reason = None
     for optimizer in (policy.model_optimizer, policy.actor_optimizer):
-        if type(optimizer) not in CAPTURABLE:
+        if type(optimizer) not in ADAMS:
             reason = f"optimizer_class={type(optimizer).__name__}: Adam and AdamW alone can be captured"
         elif optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or has_gradient_hooks(optimizer):
             reason = "a hook on an optimizer or a gradient, which a graph does not call"
@@ -94,10 +95,13 @@ def learn(
     :return: as :func:`update`
     """
     compiler = policy.compiler
-    for optimizer in (policy.model_optimizer, policy.actor_optimizer):
-        optimizer.zero_grad()
-        if has_gradient_hooks(optimizer):
-            compiler = eager  # a user's hook on a parameter's gradient is not called in a compiled graph
+    model_flat = flat_optimizer(policy.model_optimizer, (policy.world_model, policy.critic))
+    actor_flat = flat_optimizer(policy.actor_optimizer, (policy.actor,))
+    for optimizer, flat in ((policy.model_optimizer, model_flat), (policy.actor_optimizer, actor_flat)):
+        if flat is None:
+            optimizer.zero_grad()
+            if has_gradient_hooks(optimizer):
+                compiler = eager  # a user's hook on a parameter's gradient is not called in a compiled graph
 
     # World model and critics: predict latents, rewards, terminations and values along the latent rollout
     gradients, latents, model_terms = compiler(model_gradients)(
@@ -106,6 +110,7 @@ def learn(
         policy.critic,
         policy.critic_target,
         config,
+        model_flat is not None,
         features.detach().requires_grad_(features.requires_grad),
         next_features,
         actions,
@@ -117,13 +122,14 @@ def learn(
     if features.requires_grad:
         *gradients, features_gradient = gradients
         features.backward(features_gradient)
-    grad_norm = descend(policy.model_optimizer, (policy.world_model, policy.critic), gradients, max_grad_norm)
+    grad_norm = descend(model_flat or policy.model_optimizer, (policy.world_model, policy.critic), gradients, max_grad_norm)
 
     # Policy: maximise value, align with the planner where value is high
     gradients, q_scale, values, policy_terms = compiler(policy_gradients)(
         policy.actor,
         policy.critic,
         config,
+        actor_flat is not None,
         latents,
         planner_actions,
         planner_stds,
@@ -131,7 +137,7 @@ def learn(
         policy.q_scale,
         noise,
     )
-    policy_grad_norm = descend(policy.actor_optimizer, (policy.actor,), gradients, max_grad_norm)
+    policy_grad_norm = descend(actor_flat or policy.actor_optimizer, (policy.actor,), gradients, max_grad_norm)
 
     with th.no_grad():
         policy.q_scale.copy_(q_scale)
@@ -164,6 +170,7 @@ def model_gradients(
     critic: Critic,
     critic_target: Critic,
     config: LossConfig,
+    end_to_end: bool,
     features: th.Tensor,
     *data: Any,
 ) -> tuple[Gradients, th.Tensor, dict[str, th.Tensor]]:
@@ -175,6 +182,7 @@ def model_gradients(
     :param critic: to train
     :param critic_target: the target critics
     :param config: coefficients
+    :param end_to_end: see :func:`differentiate`
     :param features: of the first observations, ``[B, F]``
     :param data: the loss's other arguments
     :return: gradients of world model's and critics' trained parameters, and of the features if they require one; latents
@@ -184,20 +192,25 @@ def model_gradients(
     inputs = trained(world_model, critic)
     if features.requires_grad:
         inputs.append(features)
-    return differentiate(loss, inputs), latents, terms
+    return differentiate(loss, inputs, end_to_end), latents, terms
 
 
-def policy_gradients(actor: Actor, *data: Any) -> tuple[Gradients, th.Tensor, th.Tensor, dict[str, th.Tensor]]:
+def policy_gradients(
+    actor: Actor, critic: Critic, config: LossConfig, end_to_end: bool, *data: Any
+) -> tuple[Gradients, th.Tensor, th.Tensor, dict[str, th.Tensor]]:
     """
     :func:`losses.policy_loss` and its gradients, as one graph too.
 
     :param actor: to train
+    :param critic: the critics
+    :param config: coefficients
+    :param end_to_end: see :func:`differentiate`
     :param data: the loss's other arguments
     :return: gradients of the policy's trained parameters; the new Q scale; Q-values ``[H, B, 1]``; the terms by their
         logged name
     """
-    loss, q_scale, values, terms = losses.policy_loss(actor, *data)
-    return differentiate(loss, trained(actor)), q_scale, values, terms
+    loss, q_scale, values, terms = losses.policy_loss(actor, critic, config, *data)
+    return differentiate(loss, trained(actor), end_to_end), q_scale, values, terms
 
 
 def trained(*networks: th.nn.Module) -> list[th.Tensor]:
@@ -208,17 +221,21 @@ def trained(*networks: th.nn.Module) -> list[th.Tensor]:
     return [parameter for network in networks for parameter in network.parameters() if parameter.requires_grad]
 
 
-def differentiate(loss: th.Tensor, inputs: Sequence[th.Tensor]) -> Gradients:
+def differentiate(loss: th.Tensor, inputs: Sequence[th.Tensor], end_to_end: bool) -> Gradients:
     """
     :param loss: scalar
     :param inputs: maybe none
+    :param end_to_end: whether to lay the gradients into one tensor, where the loss depends on all inputs
     :return: the loss's gradient by each of them, None where it does not depend on it
     """
-    return th.autograd.grad(loss, inputs, allow_unused=True) if inputs else ()
+    gradients = th.autograd.grad(loss, inputs, allow_unused=True) if inputs else ()
+    if end_to_end and all(gradient is not None for gradient in gradients):
+        return (th.cat([gradient.reshape(-1) for gradient in gradients]),)
+    return gradients
 
 
 def descend(
-    optimizer: th.optim.Optimizer, networks: Sequence[th.nn.Module], gradients: Gradients, max_grad_norm: float
+    optimizer: th.optim.Optimizer | FlatOptimizer, networks: Sequence[th.nn.Module], gradients: Gradients, max_grad_norm: float
 ) -> th.Tensor:
     """
     :param optimizer: steps its parameters down their gradients, clipped
@@ -227,6 +244,11 @@ def descend(
     :param max_grad_norm: bound of the gradient's norm
     :return: norm of the gradient before clipping
     """
+    if isinstance(optimizer, FlatOptimizer):
+        if len(gradients) == 1 and gradients[0] is not None and gradients[0].shape == optimizer.gradient.shape:
+            return optimizer.step(gradients[0], max_grad_norm)
+        optimizer = optimizer.optimizer  # the loss does not depend on all of its parameters
+        optimizer.zero_grad()
     for parameter, gradient in zip(trained(*networks), gradients, strict=True):
         if gradient is not None:
             parameter.grad = gradient.contiguous()  # fused Adam does not look at strides
@@ -241,11 +263,3 @@ def has_gradient_hooks(optimizer: th.optim.Optimizer) -> bool:
     :return: whether a user has registered a hook on a parameter's gradient
     """
     return any(parameter._backward_hooks for parameter in parameters_of(optimizer))
-
-
-def parameters_of(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
-    """
-    :param optimizer: any
-    :return: all of its parameters
-    """
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -129,10 +129,10 @@ def main() -> None:
 
     def of_model(*data):
         networks = (policy.world_model, policy.actor, policy.critic, policy.critic_target)
-        return model_gradients(*networks, CONFIG, *data[:6], losses.UpdateNoise(*data[6:]))
+        return model_gradients(*networks, CONFIG, False, *data[:6], losses.UpdateNoise(*data[6:]))
 
     def of_policy(*data):
-        return policy_gradients(policy.actor, policy.critic, CONFIG, *data[:5], losses.UpdateNoise(*data[5:]))
+        return policy_gradients(policy.actor, policy.critic, CONFIG, False, *data[:5], losses.UpdateNoise(*data[5:]))
 
     properties = hints.DeviceProperties(type="cuda", **H200)
     with (

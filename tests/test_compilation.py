@@ -80,19 +80,20 @@ def test_compiled_planning_iterations_equal_eager_ones(models):
         th.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_compiled_gradients_equal_eager_ones(models):
+@pytest.mark.parametrize("end_to_end", [False, True])
+def test_compiled_gradients_equal_eager_ones(models, end_to_end):
     gradients = []
     for model in models:
         policy, config = model.policy, model._loss_config()
         batch, noise = draw(model)
         features, next_features = encode_observations(policy, batch.observations)
         of_model, latents, _ = policy.compiler(model_gradients)(
-            policy.world_model, policy.actor, policy.critic, policy.critic_target, config, features, next_features,
-            batch.actions, batch.rewards, batch.terminations, batch.valid, noise,
+            policy.world_model, policy.actor, policy.critic, policy.critic_target, config, end_to_end,
+            features, next_features, batch.actions, batch.rewards, batch.terminations, batch.valid, noise,
         )  # fmt: skip
         of_policy, *_ = policy.compiler(policy_gradients)(
-            policy.actor, policy.critic, config, latents, batch.planner_actions, batch.planner_stds, batch.valid,
-            policy.q_scale, noise,
+            policy.actor, policy.critic, config, end_to_end, latents, batch.planner_actions, batch.planner_stds,
+            batch.valid, policy.q_scale, noise,
         )  # fmt: skip
         gradients.append([*of_model, *of_policy])
     for eager, ours in zip(*gradients, strict=True):
@@ -114,7 +115,7 @@ def test_compiled_gradients_of_every_alignment_equal_eager_ones(models, alignmen
     for function in (policy_gradients, compiled(policy_gradients)):
         scale = th.tensor(3.0)  # so that "release" aligns
         found, *_ = function(
-            actor, critic, config, latents, planner_actions, th.ones_like(planner_actions), valid, scale, noise
+            actor, critic, config, True, latents, planner_actions, th.ones_like(planner_actions), valid, scale, noise
         )
         gradients.append(th.cat([gradient.flatten() for gradient in found]))
     eager, ours = gradients

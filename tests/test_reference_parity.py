@@ -13,6 +13,7 @@ from sb3_boom.boom import BOOM
 from sb3_boom.buffers import SubTrajectories
 from sb3_boom.core import losses, planner
 from sb3_boom.core.actor import bound_log_std, scaled_gaussian_log_prob, squash_correction
+from sb3_boom.core.flat import FlatOptimizer
 from sb3_boom.core.two_hot import TwoHot, symexp, symlog
 from sb3_boom.update import update
 
@@ -234,8 +235,9 @@ def test_elite_weights_equal_the_release(golden):
     th.testing.assert_close(weights[0], golden.tensor("plan0/elite_scores"), rtol=1e-4, atol=1e-6)
 
 
-def test_raw_gradients_equal_the_release(golden, monkeypatch):
-    """Gradients before clipping, of both losses, as our update computes them."""
+@pytest.mark.parametrize("is_flat", [True, False])
+def test_raw_gradients_equal_the_release(golden, is_flat, monkeypatch):
+    """Gradients before clipping, of both losses, as our update computes them: end to end, and one by one."""
     raw: dict[str, th.Tensor] = {}
     names = {id(parameter): name for name, parameter in golden.policy.named_parameters()}
     clip = th.nn.utils.clip_grad_norm_
@@ -244,7 +246,18 @@ def test_raw_gradients_equal_the_release(golden, monkeypatch):
         raw.update({names[id(parameter)]: parameter.grad.clone() for parameter in parameters})
         return clip(parameters, max_norm)
 
-    monkeypatch.setattr(th.nn.utils, "clip_grad_norm_", recording_clip)
+    step = FlatOptimizer.step
+
+    def recording_step(flat, gradient, max_norm):
+        parts = gradient.clone().split([parameter.numel() for parameter in flat.parameters])
+        raw.update({names[id(p)]: part.view_as(p) for p, part in zip(flat.parameters, parts, strict=True)})
+        return step(flat, gradient, max_norm)
+
+    if is_flat:
+        monkeypatch.setattr(FlatOptimizer, "step", recording_step)
+    else:
+        monkeypatch.setattr("sb3_boom.update.flat_optimizer", lambda *_: None)
+        monkeypatch.setattr(th.nn.utils, "clip_grad_norm_", recording_clip)
     golden.run_update("update")
     expected = golden.parameters("update/grad")
     assert set(raw) == set(expected)

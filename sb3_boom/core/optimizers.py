@@ -1,4 +1,4 @@
-"""Optimizers that a CUDA graph can hold (torch only)."""
+"""What is done with the optimizers of any kind (torch only)."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch as th
 
 from sb3_boom.core.graphs import captures_on
 
-CAPTURABLE = (th.optim.Adam, th.optim.AdamW)  # subclasses may do anything
+ADAMS = (th.optim.Adam, th.optim.AdamW)  # subclasses may do anything
 
 
 def set_learning_rates(optimizer: th.optim.Optimizer, rates: Sequence[float], device: th.device) -> bool:
@@ -21,7 +21,7 @@ def set_learning_rates(optimizer: th.optim.Optimizer, rates: Sequence[float], de
     :return: whether the optimizer holds other tensors than at the last call, which no graph knows
     """
     groups = optimizer.param_groups
-    if not (captures_on(device) and type(optimizer) in CAPTURABLE):
+    if not (captures_on(device) and type(optimizer) in ADAMS):
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
             if "capturable" in group:
@@ -44,6 +44,14 @@ def set_learning_rates(optimizer: th.optim.Optimizer, rates: Sequence[float], de
     optimizer.last_rates = list(rates)  # type: ignore[attr-defined]
     optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # it is, while warming up
     return True
+
+
+def parameters_of(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
+    """
+    :param optimizer: any
+    :return: all of its parameters
+    """
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def is_capturable(optimizer: th.optim.Optimizer) -> bool:
