@@ -7,6 +7,9 @@ random elite, as the paper evaluates, or by the mean of the planner's last distr
 Rows that the CSV has already are not made again.
 """
 
+from sb3_boom import BOOM, checkpoint, zoo  # before torch, for fast products: see core/processor.py
+
+# isort: split
 import argparse
 import csv
 from pathlib import Path
@@ -16,8 +19,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from sb3_boom import BOOM, zoo
-from sb3_boom.benchmark.runner import run_folder
+from sb3_boom.benchmark.runner import checkpoint_folder, run_folder
 
 COLUMNS = ("task", "variant", "seed", "agent_steps", "acting", "episodes", "mean", "std")
 
@@ -62,7 +64,8 @@ def main() -> None:
     for task in args.tasks:
         for variant in args.variants:
             for seed in args.seeds:
-                model = BOOM.load(run_folder(args.folder, task, variant, seed) / "checkpoint" / "model")
+                run = run_folder(args.folder, task, variant, seed)
+                model = BOOM.load(checkpoint.newest_whole(checkpoint_folder(run)).path / "model.zip")
                 ways: dict[str, tuple[Any, bool]] = {
                     "heaviest elite": (model, True),
                     "random elite": (model, False),

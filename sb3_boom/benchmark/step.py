@@ -6,7 +6,7 @@ What a step costs: plan, update, buffer and loop, and how far plan and update ar
     sb3-boom bench --scaling --json scaling.json
 
 The floor of a plan or an update is the time of its matrix products alone, the same shapes one after the other, as this
-package computes them. It is measured in turns with what it is compared to, and the ratio is the median of the pairs.
+package computes them in float32. It is measured in turns with what it is compared to, and the ratio is the median of the pairs.
 """
 
 import argparse
@@ -46,6 +46,7 @@ SCALING: list[tuple[str, dict[str, Any]]] = [
     *((f"mlp_dim={n}", {"policy_kwargs": {"mlp_dim": n}}) for n in (64, 256)),
     *((f"batch_size={n}", {"batch_size": n}) for n in (64, 256)),
 ]
+BF16 = ("bf16", {"policy_kwargs": {"bf16": True}})
 LOOP_STEPS = 50
 
 
@@ -246,6 +247,7 @@ def bench(arguments: list[str]) -> None:
     parser.add_argument(
         "--scaling", action="store_true", help="more rows, each of which differs from the first in one setting"
     )
+    parser.add_argument("--bf16", action="store_true", help="one more row, with the plan's products in bfloat16")
     parser.add_argument(
         "--baselines", action="store_true", help="rows of SAC, TQC and CrossQ, for each number of environments"
     )
@@ -282,7 +284,7 @@ def measure_all(args: argparse.Namespace) -> None:
     measures: list[Callable[[], dict[str, Any]]] = [
         partial(measure, size, n_envs, what, changes, args)
         for size, n_envs, (what, changes) in itertools.product(
-            args.sizes, args.n_envs, SCALING if args.scaling else SCALING[:1]
+            args.sizes, args.n_envs, [*(SCALING if args.scaling else SCALING[:1]), *([BF16] if args.bf16 else [])]
         )
     ]
     if args.baselines:
