@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_boom import storage
 from sb3_boom.core.losses import WARMUP_STD
 from sb3_boom.core.transfer import send, to_gpu
+from sb3_boom.drawing import Episodes, Normalization, draw_by_episode, draw_by_value, finished_episodes
 
 try:
     import psutil
@@ -45,24 +46,6 @@ class SubTrajectories(NamedTuple):
     terminations: th.Tensor
     valid: th.Tensor
     indices: th.Tensor
-
-
-class Episodes(NamedTuple):
-    """
-    The finished episodes longer than ``horizon``, rows counted from the oldest one.
-
-    :param begin: first rows ``[n]``
-    :param end: last rows ``[n]``
-    :param env_index: environments ``[n]``
-    :param horizon: what they were found for
-    :param lasts: how many rows may be overwritten until one of them is too short
-    """
-
-    begin: th.Tensor
-    end: th.Tensor
-    env_index: th.Tensor
-    horizon: int
-    lasts: int
 
 
 class WeightedReplayBuffer(ReplayBuffer):
@@ -142,8 +125,7 @@ class WeightedReplayBuffer(ReplayBuffer):
         self._id = storage.new_id()  # of what is stored: a checkpoint adds to what it has of the same
         self._warn_if_too_large()
         self._slots = np.empty((0, self.n_envs), dtype=np.int32)  # final_slot, where the host reads it
-        # VecNormalize's means and variances, and both where the data lies
-        self._statistics: dict[str, tuple[np.ndarray, np.ndarray, th.Tensor]] = {}
+        self._normalization = Normalization()
 
     # ------------------------------------------------------------------ storing
 
@@ -404,7 +386,7 @@ class WeightedReplayBuffer(ReplayBuffer):
             self._step_widths, dim=-1
         )
         if env is not None:
-            obs, rewards = self._normalize(obs, rewards, env)
+            obs, rewards = self._normalization(obs, rewards, env)
         batch = SubTrajectories(
             obs if isinstance(self.obs_shape, dict) else obs[""],  # type: ignore[arg-type]
             actions,
@@ -434,11 +416,8 @@ class WeightedReplayBuffer(ReplayBuffer):
         device = self._storage["steps"].device
         index = th.randint(self.size() * self.n_envs, (batch_size,), device=device)
         if self.value_temperature is not None:
-            values = self._flat("values")[: self.size() * self.n_envs].double()
-            cumulated = (values / self.value_temperature).softmax(0).cumsum(0)
-            # the last sum is 1 only up to rounding, so scale the draw to it
-            draw = th.rand(batch_size, device=device, dtype=cumulated.dtype) * cumulated[-1]
-            by_value = th.searchsorted(cumulated, draw, right=True).clamp(max=len(cumulated) - 1)
+            values = self._flat("values")[: self.size() * self.n_envs]
+            by_value = draw_by_value(values, self.value_temperature, batch_size)
             index = th.where(th.rand(batch_size, device=device) < 0.5, by_value, index)
         return index // self.n_envs, index % self.n_envs
 
@@ -450,37 +429,17 @@ class WeightedReplayBuffer(ReplayBuffer):
         """Those to draw from; looked for only when they may be others than the last time."""
         known = self._episodes
         if known is None or known.horizon != self.horizon or self._n_overwritten > known.lasts:
-            known = self._find_finished_episodes()
+            first = self.pos if self.full else 0  # the oldest row
+            slots = np.roll(self._slots, -first, axis=0)[: self.size()]
+            known = finished_episodes(slots, self.n_envs, self.horizon, self._storage["steps"].device)
             self._episodes, self._n_overwritten = known, 0
         gone = self._n_overwritten
         return known._replace(begin=(known.begin - gone).clamp(min=0), end=known.end - gone)
 
-    def _find_finished_episodes(self) -> Episodes:
-        first = self.pos if self.full else 0  # the oldest row
-        slots = np.roll(self._slots, -first, axis=0)[: self.size()].T  # [n_envs, size], oldest first
-        env_index, end = (slots >= self.n_envs).nonzero()
-        previous_end = np.concatenate([[-1], end[:-1]])
-        new_env = np.concatenate([[-1], env_index[:-1]]) != env_index
-        begin = np.where(new_env, 0, previous_end + 1)
-        long_enough = end - begin + 1 > self.horizon
-        found = dict(begin=begin[long_enough], end=end[long_enough], env_index=env_index[long_enough])
-        lasts = int(found["end"].min()) - self.horizon if long_enough.any() else self.buffer_size
-        return Episodes(**send(found, self._storage["steps"].device), horizon=self.horizon, lasts=lasts)
-
     def _draw_by_episode(self, batch_size: int) -> tuple[th.Tensor, th.Tensor]:
         """First rows and environments of windows inside uniformly drawn finished episodes, ``[B]`` each."""
-        begin, end, env_index, *_ = self._finished_episodes()
-        if len(begin) == 0:
-            raise ValueError(
-                f'sampling="episode" found no finished episode longer than horizon={self.horizon}: '
-                'collect one first (learning_starts), or use sampling="uniform"'
-            )
-        episode = th.randint(len(begin), (batch_size,), device=begin.device)
-        begin = begin[episode]
-        n_windows = end[episode] - begin + 2 - self.horizon
-        offset = (th.rand(batch_size, device=begin.device) * n_windows).long().clamp(max=n_windows - 1)
-        first = self.pos if self.full else 0
-        return (begin + offset + first) % self.buffer_size, env_index[episode]
+        first, env_index = draw_by_episode(self._finished_episodes(), batch_size)
+        return (first + (self.pos if self.full else 0)) % self.buffer_size, env_index
 
     def _observations(self, key: str, rows: th.Tensor, slots: th.Tensor) -> th.Tensor:
         """
@@ -493,25 +452,6 @@ class WeightedReplayBuffer(ReplayBuffer):
         kept_apart = (slots >= 0).view(*slots.shape, *[1] * (obs.ndim - 2))
         th.where(kept_apart, finals, obs[1:], out=obs[1:])
         return obs
-
-    def _normalize(
-        self, obs: dict[str, th.Tensor], rewards: th.Tensor, env: VecNormalize
-    ) -> tuple[dict[str, th.Tensor], th.Tensor]:
-        """VecNormalize's arithmetic, where the data lies."""
-        if env.norm_obs:
-            obs = dict(obs)
-            for key in env.norm_obs_keys or [""]:
-                rms = env.obs_rms[key] if isinstance(env.obs_rms, dict) else env.obs_rms
-                known = self._statistics.get(key)
-                if known is None or known[0] is not rms.mean or known[1] is not rms.var:
-                    mean_and_std = np.stack([rms.mean, np.sqrt(rms.var + env.epsilon)]).astype(np.float32)
-                    known = (rms.mean, rms.var, send({"": mean_and_std}, obs[key].device)[""])
-                    self._statistics[key] = known
-                mean, std = known[2]
-                obs[key] = ((obs[key] - mean) / std).clamp(-env.clip_obs, env.clip_obs)
-        if env.norm_reward:
-            rewards = (rewards / float(np.sqrt(env.ret_rms.var + env.epsilon))).clamp(-env.clip_reward, env.clip_reward)
-        return obs, rewards
 
     # ------------------------------------------------------------ value weights
 
@@ -541,7 +481,8 @@ class WeightedReplayBuffer(ReplayBuffer):
     def reset(self) -> None:
         """Forget everything stored."""
         super().reset()
-        self._storage, self._final_observations, self._last_next_obs, self._statistics = {}, {}, {}, {}
+        self._storage, self._final_observations, self._last_next_obs = {}, {}, {}
+        self._normalization = Normalization()
         self._episode_open = np.zeros(self.n_envs, dtype=bool)
         self._episodes = None
         self._n_added, self._id = 0, storage.new_id()
@@ -576,11 +517,11 @@ class WeightedReplayBuffer(ReplayBuffer):
         self._mirror_slots()
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(storage.content(self), _statistics={}, _slots=None)
+        return dict(storage.content(self), _normalization=None, _slots=None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         storage.set_content(self, state)
-        self._statistics = {}  # of a buffer of an earlier version too
+        self._normalization = Normalization()
         self._slots = np.empty((0, self.n_envs), dtype=np.int32)
         self._mirror_slots()
 

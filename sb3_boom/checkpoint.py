@@ -1,21 +1,17 @@
 """
 Runs that survive: checkpoints that are whole or not there, cost what is new, and bring back all that a run consists of.
 
-A folder holds ``checkpoint-000001/`` and so on, each with a ``manifest.json``, which is written last and names every file of
-the checkpoint with its length and checksum: ``model.zip`` (SB3's), ``state.npz`` and ``logs.npz``, and parts of the replay
-buffer in ``segments/``, which checkpoints share.
+A folder holds ``checkpoint-000001/`` and so on (:mod:`sb3_boom.manifests`), each of ``model.zip`` (SB3's), ``state.npz`` and
+``logs.npz``, and parts of the replay buffer in ``segments/``, which checkpoints share.
 """
 
 import contextlib
-import io
 import json
 import pathlib
 import random
 import shutil
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch as th
@@ -23,8 +19,22 @@ from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_boom import logs, storage
-from sb3_boom.files import FolderLock, checksum, checksum_of, replacing, sync_folder
+from sb3_boom.files import FolderLock, replacing, sync_folder
 from sb3_boom.guards import check_parameters
+from sb3_boom.manifests import (
+    FORMAT,
+    MANIFEST,
+    Checkpoint,
+    body_checksum,
+    described,
+    in_folder,
+    is_there,
+    newest_whole,
+    number_of,
+    read_manifest,
+    read_npz,
+    write_npz,
+)
 from sb3_boom.storage import Arrays
 
 if TYPE_CHECKING:
@@ -32,24 +42,8 @@ if TYPE_CHECKING:
 
 SelfBOOM = TypeVar("SelfBOOM", bound="BOOM")
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 MAY_DIFFER = ("verbose", "tensorboard_log", "worker_timeout", "stats_window_size")  # from the checkpoint's settings
 OF_NORMALIZATION = ("norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon")
-
-
-class Checkpoint(NamedTuple):
-    """
-    One that has a readable manifest.
-
-    :param path: its folder
-    :param number: of the checkpoint, counted up in its folder
-    :param manifest: what the file says
-    """
-
-    path: pathlib.Path
-    number: int
-    manifest: dict[str, Any]
 
 
 @dataclass
@@ -67,113 +61,6 @@ class Lineage:
     numbers: list[int] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
     pending: Arrays | None = None
-
-
-# --------------------------------------------------------------------- files
-
-
-def _number(path: pathlib.Path) -> int:
-    return int(path.name.rpartition("-")[2])
-
-
-def _in_folder(folder: pathlib.Path) -> list[pathlib.Path]:
-    """:param folder: of a run. :return: its checkpoints, complete or not, the newest first"""
-    return sorted(folder.glob("checkpoint-[0-9]*"), key=_number, reverse=True)
-
-
-def is_there(folder: pathlib.Path) -> bool:
-    """
-    :param folder: of a run
-    :return: whether it has a checkpoint that was finished
-    """
-    return any((path / MANIFEST).exists() for path in _in_folder(folder))
-
-
-def _write_npz(path: pathlib.Path, arrays: Arrays, compressed: bool = False) -> None:
-    with replacing(path) as file:
-        (np.savez_compressed if compressed else np.savez)(file, **arrays)  # type: ignore[arg-type]
-
-
-def _read_npz(path: pathlib.Path) -> Arrays:
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
-
-
-def _described(path: pathlib.Path) -> dict[str, Any]:
-    return {"name": path.name, "bytes": path.stat().st_size, "checksum": checksum_of(path)}
-
-
-def _body_checksum(body: dict[str, Any]) -> str:
-    return checksum(io.BytesIO(json.dumps(body, sort_keys=True).encode()))
-
-
-def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
-    """
-    :param path: of a checkpoint
-    :return: what its manifest says
-    :raises ValueError: if it is damaged or of a later format
-    :raises OSError: if it can't be read
-    """
-    file = path / MANIFEST
-    try:
-        content = json.loads(file.read_text())
-        body = content["body"]
-        whole = content["checksum"] == _body_checksum(body)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error})") from error
-    if not whole:
-        raise ValueError(f"{file} is damaged: its checksum is another one")
-    if body["format"] > FORMAT:
-        raise ValueError(f"{file} has format {body['format']}, this sb3_boom reads up to {FORMAT}: upgrade sb3_boom to go on")
-    return body
-
-
-def _files_of(path: pathlib.Path, manifest: dict[str, Any]) -> Iterator[tuple[pathlib.Path, dict[str, Any]]]:
-    for described in manifest["files"]:
-        yield path / described["name"], described
-    for described in manifest["buffer"]["segments"]:
-        yield path.parent / "segments" / described["name"], described
-
-
-def read(path: pathlib.Path) -> Checkpoint:
-    """
-    Look whether a checkpoint is whole, without loading it.
-
-    :param path: of the checkpoint
-    :return: the checkpoint
-    :raises ValueError: naming the file that is damaged
-    :raises OSError: naming the file that is missing or can't be read
-    """
-    manifest = _read_manifest(path)
-    for file, described in _files_of(path, manifest):
-        size = file.stat().st_size
-        if size != described["bytes"]:
-            raise ValueError(f"{file} is damaged: it has {size} bytes, not {described['bytes']}")
-        if checksum_of(file) != described["checksum"]:
-            raise ValueError(f"{file} is damaged: its checksum is another one")
-    return Checkpoint(path, _number(path), manifest)
-
-
-def newest_whole(folder: pathlib.Path) -> Checkpoint:
-    """
-    :param folder: of a run
-    :return: its last checkpoint that is whole; a warning names the file for which a later one is not
-    :raises FileNotFoundError: if there is none
-    """
-    problems = []
-    for path in _in_folder(folder):
-        if not (path / MANIFEST).exists():  # being removed
-            continue
-        try:
-            checkpoint = read(path)
-        except (ValueError, OSError) as error:
-            problems.append(str(error))
-            continue
-        for problem in problems:
-            warnings.warn(f"{problem}. {path} is used, the checkpoint before", stacklevel=4)
-        return checkpoint
-    damaged = f": {'; '.join(problems)}" if problems else ""
-    raise FileNotFoundError(f"{folder} has no complete checkpoint to resume from{damaged}. Start a new run in another folder")
 
 
 # --------------------------------------------------------------------- state
@@ -337,7 +224,7 @@ class Writer:
         model._catch_up()  # with updates that a GPU does beside the next step
         check_parameters(model.policy, model._n_updates)
         model._record_losses()  # what was not read from the device yet
-        number = 1 + max(map(_number, _in_folder(self.folder)), default=0)
+        number = 1 + max(map(number_of, in_folder(self.folder)), default=0)
         self._fresh = []
         unfinished, finished = (self.folder / f"{start}checkpoint-{number:06d}" for start in (".", ""))
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -363,7 +250,7 @@ class Writer:
             text = json.dumps(body, default=_as_json, sort_keys=True)
             body = json.loads(text)
             with replacing(unfinished / MANIFEST) as file:
-                file.write(json.dumps({"checksum": _body_checksum(body), "body": body}).encode())
+                file.write(json.dumps({"checksum": body_checksum(body), "body": body}).encode())
             unfinished.rename(finished)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -380,9 +267,9 @@ class Writer:
     def _write_files(self, model: "BOOM", path: pathlib.Path) -> list[dict[str, Any]]:
         with replacing(path / "model.zip") as file:
             model.save(file)  # type: ignore[arg-type]
-        _write_npz(path / "state.npz", _arrays_of(model))
-        _write_npz(path / "logs.npz", logs.contents(model, self.files), compressed=True)
-        return [_described(path / name) for name in ("model.zip", "state.npz", "logs.npz")]
+        write_npz(path / "state.npz", _arrays_of(model))
+        write_npz(path / "logs.npz", logs.contents(model, self.files), compressed=True)
+        return [described(path / name) for name in ("model.zip", "state.npz", "logs.npz")]
 
     def _write_segments(self, model: "BOOM") -> dict[str, Any]:
         """:param model: to save. :return: what its manifest says of the replay buffer, whose new rows are written"""
@@ -391,12 +278,12 @@ class Writer:
         known = self.lineage.last.get("buffer", {})
         same = known.get("id") == buffer._id and known["n_added"] <= buffer._n_added
         begin, kept = (known["n_added"], known["segments"]) if same else (0, [])
-        kept = [described for described in kept if described["last"] > buffer._n_added - buffer.buffer_size]
+        kept = [entry for entry in kept if entry["last"] > buffer._n_added - buffer.buffer_size]
         for first, last, arrays in storage.segments(buffer, begin):
             path = self.folder / "segments" / f"{first:012d}-{last:012d}-{storage.new_id()[:8]}.npz"
             self._fresh.append(path)
-            _write_npz(path, arrays)
-            kept = [*kept, {**_described(path), "first": first, "last": last}]
+            write_npz(path, arrays)
+            kept = [*kept, {**described(path), "first": first, "last": last}]
         return {"id": buffer._id, "n_added": buffer._n_added, "buffer_size": buffer.buffer_size, "segments": kept}
 
     def _prune(self) -> None:
@@ -404,10 +291,10 @@ class Writer:
         self.lineage.numbers = self.lineage.numbers[-self.keep :]
         kept = set(self.lineage.numbers)
         needed = set()
-        for path in _in_folder(self.folder):
+        for path in in_folder(self.folder):
             try:
-                if _number(path) in kept:
-                    needed |= {described["name"] for described in _read_manifest(path)["buffer"]["segments"]}
+                if number_of(path) in kept:
+                    needed |= {entry["name"] for entry in read_manifest(path)["buffer"]["segments"]}
                     continue
             except ValueError:  # damaged since, and of no use any more
                 pass
@@ -477,12 +364,12 @@ def resume(cls: type[SelfBOOM], folder: pathlib.Path, env: Any, device: th.devic
         model = cls.load(checkpoint.path / "model.zip", env, device, **changed)
         _check_same(model, checkpoint, {name: value for name, value in settings.items() if name not in MAY_DIFFER})
         _restore(model, checkpoint)
-        numbers = sorted(_number(path) for path in _in_folder(folder))
+        numbers = sorted(number_of(path) for path in in_folder(folder))
         model.lineages[str(folder.resolve())] = Lineage(
             checkpoint.manifest["run"],
             [number for number in numbers if number <= checkpoint.number],
             checkpoint.manifest,
-            _read_npz(checkpoint.path / "logs.npz"),
+            read_npz(checkpoint.path / "logs.npz"),
         )
     return model
 
@@ -530,10 +417,10 @@ def _restore(model: "BOOM", checkpoint: Checkpoint) -> None:
     if manifest["buffer"]["buffer_size"] != buffer.buffer_size:
         sizes = f"{manifest['buffer']['buffer_size']}, not {buffer.buffer_size}"
         raise ValueError(f"buffer_size: the replay buffer of {checkpoint.path} has rows for {sizes}")
-    arrays = _read_npz(checkpoint.path / "state.npz")
+    arrays = read_npz(checkpoint.path / "state.npz")
     parts = (
-        (described["first"], _read_npz(checkpoint.path.parent / "segments" / described["name"]))
-        for described in manifest["buffer"]["segments"]
+        (entry["first"], read_npz(checkpoint.path.parent / "segments" / entry["name"]))
+        for entry in manifest["buffer"]["segments"]
     )
     newest = {name.removeprefix("buffer/"): array for name, array in arrays.items() if name.startswith("buffer/")}
     storage.restore(buffer, manifest["buffer"]["n_added"], parts, newest)
@@ -544,4 +431,4 @@ def _restore(model: "BOOM", checkpoint: Checkpoint) -> None:
     _set_arrays(model, arrays)
     set_random_states(model, manifest["random"])
     begin_episodes(model)
-    logs.restore(_read_npz(checkpoint.path / "logs.npz"), logs.of_monitors(model))
+    logs.restore(read_npz(checkpoint.path / "logs.npz"), logs.of_monitors(model))

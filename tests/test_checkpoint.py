@@ -24,7 +24,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
-from sb3_boom import BOOM, checkpoint
+from sb3_boom import BOOM, checkpoint, manifests
 from sb3_boom.callbacks import ResumableCheckpointCallback
 
 TESTS = pathlib.Path(__file__).parent
@@ -380,9 +380,10 @@ def test_where_nothing_is_whole_nothing_is_loaded(tmp_path):
 
 
 def test_a_later_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
-    train(tmp_path, 10)
-    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    with monkeypatch.context() as later:
+        for module in (checkpoint, manifests):
+            later.setattr(module, "FORMAT", 2)
+        train(tmp_path, 10)
     with pytest.raises(FileNotFoundError, match=r"has format 2.*upgrade"):
         BOOM.resume(tmp_path, pendulum())
 

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "sb3_boom"
 # a room imports those before it; rooms of a tuple do not import each other
 ROOMS = [
     "core",
-    ("files", "guards", "storage"),
-    ("buffers", "policies"),
+    ("files", "guards", "storage", "drawing"),
+    ("buffers", "policies", "manifests"),
     ("update", "presets", "prior", "checks", "meters", "progress", "logs", "foresight"),
     ("waits", "checkpoint"),
     "saving",

@@ -6,7 +6,7 @@ What a step costs: plan, update, buffer and loop, and how far plan and update ar
     sb3-boom bench --scaling --json scaling.json
 
 The floor of a plan or an update is the time of its matrix products alone, the same shapes one after the other, as this
-package computes them in float32. It is measured in turns with what it is compared to, and the ratio is the median of the pairs.
+package computes them in float32. It is measured in turns with what it is compared to; the ratio is the median of the pairs.
 """
 
 import argparse
