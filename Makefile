@@ -9,7 +9,7 @@ SOURCES := sb3_boom tests scripts benchmarks examples
 
 .venv/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all,ray]"
 	touch $@
 
 # Trains, evaluates planner and policy prior, and prints where model, curve and CSV are

@@ -13,7 +13,7 @@ import pathlib
 import runpy
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import gymnasium as gym
 
@@ -160,7 +160,12 @@ def benchmark(arguments: list[str], cpu: bool) -> None:
     """
     from sb3_boom.benchmark import command
 
-    command.benchmark(arguments, cpu)
+    def on_a_cluster(*args: Any) -> int:
+        from sb3_boom.cluster import run_grid
+
+        return run_grid(*args)
+
+    command.benchmark(arguments, cpu, on_a_cluster)
 
 
 def bench(arguments: list[str]) -> None:

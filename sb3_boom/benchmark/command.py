@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rl_zoo3.utils import StoreDict
@@ -16,10 +17,18 @@ def _positive(text: str) -> int:
     return number
 
 
-def benchmark(arguments: list[str], cpu: bool) -> None:
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must not be negative, as {text} is")
+    return number
+
+
+def benchmark(arguments: list[str], cpu: bool, on_a_cluster: Callable[..., int]) -> None:
     """
     :param arguments: of ``run``, ``report`` or ``export``
     :param cpu: which hyperparameter file to take
+    :param on_a_cluster: runs a grid by Ray, see :func:`sb3_boom.cluster.run_grid`
     :raises ValueError: for a task, suite or variant that does not exist
     """
     from sb3_boom.benchmark import baselines, export, report, runner
@@ -34,6 +43,15 @@ def benchmark(arguments: list[str], cpu: bool) -> None:
     run.add_argument("--variants", nargs="+", choices=variants, help="default: each entry's own alignment")
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--jobs", type=_positive, default=1, help="runs side by side, which share the cores (default: 1)")
+    run.add_argument(
+        "--ray", nargs="?", const="", metavar="ADDRESS",
+        help="as tasks of a Ray cluster at host:port, auto for this machine's, local (default: RAY_ADDRESS, else local)",
+    )  # fmt: skip
+    run.add_argument("--storage", help="--ray: a folder that all nodes see, or an fsspec URL (default: --folder)")
+    run.add_argument("--num-cpus", type=_share, default=1.0, help="--ray: of a run (default: 1)")
+    run.add_argument("--num-gpus", type=_share, default=0.0, help="--ray: of a run; 0.25 lets four share one (default: 0)")
+    run.add_argument("--max-retries", type=int, default=10, help="--ray: of a run whose node or process dies (default: 10)")
+    run.add_argument("--lease", type=_share, default=60.0, help="--ray: seconds until a killed driver's runs are free")
     one = commands.add_parser("one", help="one run of a grid")
     one.add_argument("--task", required=True)
     one.add_argument("--variant", choices=variants, help="default: the entry's own alignment")
@@ -86,8 +104,17 @@ def benchmark(arguments: list[str], cpu: bool) -> None:
         raise ValueError("no task: name a --suite, or environments with --tasks")
     for task in tasks:
         zoo.check_installed(task)
+    if args.ray is None and args.storage is not None:
+        raise ValueError("--storage is for --ray; a grid on this machine alone takes --folder")
     further = ["--eval-freq", str(args.eval_freq), "--eval-episodes", str(args.eval_episodes)]
     grid = [(task, variant) for task in tasks for variant in args.variants or [own_variant(task)]]
-    failed = runner.run_grid(grid, args.seeds, args.steps, args.jobs, args.csv, args.folder, hyperparams, args.params, further)
+    if args.ray is not None:
+        failed = on_a_cluster(
+            grid, args.seeds, args.steps, args.csv, args.storage or args.folder, hyperparams, args.params, args.eval_freq,
+            args.eval_episodes, args.ray, args.num_cpus, args.num_gpus, args.max_retries, args.lease,
+        )  # fmt: skip
+    else:
+        local = args.jobs, args.csv, args.folder
+        failed = runner.run_grid(grid, args.seeds, args.steps, *local, hyperparams, args.params, further)
     if failed:
         raise ValueError(f"{failed} runs failed; the same command takes them up again")

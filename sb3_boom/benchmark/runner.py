@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_boom import BOOM, checkpoint, zoo
@@ -77,7 +78,7 @@ def check_variant(variant: str, overrides: dict[str, Any]) -> None:
 
 
 def settings_of_a_run(
-    task: str, variant: str, steps: int, csv: Path, hyperparams: Path, overrides: dict[str, Any] | None = None
+    task: str, variant: str, steps: int, csv: Path | str, hyperparams: Path, overrides: dict[str, Any] | None = None
 ) -> str:
     """
     What has to be the same where a run is gone on with; parameters as :func:`train_one`.
@@ -85,7 +86,7 @@ def settings_of_a_run(
     :param task: environment id
     :param variant: see :func:`check_variant`
     :param steps: agent steps
-    :param csv: where rows are appended
+    :param csv: where rows are appended; only its name, if it is in the run's own folder, wherever that is
     :param hyperparams: hyperparameter file
     :param overrides: settings instead of the file's
     :return: as JSON
@@ -93,7 +94,8 @@ def settings_of_a_run(
     entry = zoo.entry(hyperparams, task) | (overrides or {})
     if variant in baselines.ALGORITHMS:
         entry = {key: entry[key] for key in zoo.OF_THE_ENVIRONMENT if key in entry} | baselines.settings()
-    return json.dumps(dict(entry, variant=variant, steps=steps, csv=str(csv.resolve())), default=repr, indent=2)
+    place = csv if isinstance(csv, str) else str(csv.resolve())
+    return json.dumps(dict(entry, variant=variant, steps=steps, csv=place), default=repr, indent=2)
 
 
 def train_one(
@@ -107,6 +109,8 @@ def train_one(
     hyperparams: Path,
     n_eval_episodes: int = 10,
     overrides: dict[str, Any] | None = None,
+    callbacks: Sequence[BaseCallback] = (),
+    stored: Callable[[], None] = lambda: None,
 ) -> None:
     """
     Train until ``steps``, evaluating every ``eval_freq``; go on from the last checkpoint where there is one.
@@ -121,11 +125,14 @@ def train_one(
     :param hyperparams: hyperparameter file
     :param n_eval_episodes: episodes of an evaluation, for planner and policy prior each
     :param overrides: settings instead of the file's, the same for the whole grid
+    :param callbacks: further ones
+    :param stored: called whenever there is something new in the folder: a checkpoint, a row
     :raises ValueError: if the folder is of a run with other settings, or the CSV has rows of a run whose folder is gone
     """
     zoo.register()
-    identity = settings_of_a_run(task, variant, steps, csv, hyperparams, overrides)
-    _check_same(folder, identity, csv, (task, variant, seed))
+    place = csv.name if csv.parent == folder else csv
+    identity = settings_of_a_run(task, variant, steps, place, hyperparams, overrides)
+    _check_folder(folder, identity, csv, (task, variant, seed))
     check_variant(variant, overrides or {})
     entry = zoo.entry(hyperparams, task) | (overrides or {})
     env = zoo.make_env(task, entry, seed, entry.get("n_envs", 1))
@@ -143,11 +150,11 @@ def train_one(
     for whole in (folder / "checkpoint-new", folder / "checkpoint-old"):  # killed between the two renames of _save
         if not own.exists() and (whole / "wall_s").exists():
             whole.rename(own)
-    callbacks = [ResumableCheckpointCallback(checkpoint_folder(folder), save_freq=eval_freq)] if algorithm is BOOM else []
+    resumable = [ResumableCheckpointCallback(checkpoint_folder(folder), save_freq=eval_freq)] if algorithm is BOOM else []
     model: OffPolicyAlgorithm
-    if callbacks and checkpoint.is_there(checkpoint_folder(folder)):
+    if resumable and checkpoint.is_there(checkpoint_folder(folder)):
         model = BOOM.resume(checkpoint_folder(folder), env)
-    elif own.exists() and not callbacks:
+    elif own.exists() and not resumable:
         model = algorithm.load(own / "model", env=env)
         model.load_replay_buffer(own / "replay_buffer")
     else:
@@ -164,11 +171,15 @@ def train_one(
     while row_is_due or model.num_timesteps < steps:
         until = min((model.num_timesteps // eval_freq + 1) * eval_freq, steps)
         left = 0 if row_is_due else until - model.num_timesteps
-        model.learn(left, callback=[log, *callbacks], reset_num_timesteps=False)
+        try:
+            model.learn(left, callback=[log, *callbacks, *resumable], reset_num_timesteps=False)
+        finally:
+            stored()
         log.evaluate()
         row_is_due = False
-        if not callbacks:
+        if not resumable:
             _save(model, log.wall_s, own)
+        stored()
 
 
 def checkpoint_folder(folder: Path) -> Path:
@@ -194,7 +205,7 @@ def changes(variant: str, settings: dict[str, Any], action_dim: int) -> dict[str
     return changed
 
 
-def _check_same(folder: Path, settings: str, csv: Path, run: tuple[str, str, int]) -> None:
+def _check_folder(folder: Path, settings: str, csv: Path, run: tuple[str, str, int]) -> None:
     """
     :param folder: of a run that starts or goes on, with its settings if there are any yet
     :param settings: of the run, see :func:`settings_of_a_run`
@@ -202,16 +213,32 @@ def _check_same(folder: Path, settings: str, csv: Path, run: tuple[str, str, int
     :param run: task, variant and seed
     :raises ValueError: if the folder is of a run with other settings, or the CSV has rows of a run whose folder is gone
     """
+    theirs = _settings_in(folder)
+    if theirs is not None:
+        check_same(folder, theirs, settings)
+    elif rows.of_run(csv, run):
+        raise ValueError(
+            f"{csv} has rows of {' '.join(map(str, run))}, not made in {folder}: remove them, or take another --csv"
+        )
+
+
+def _settings_in(folder: Path) -> str | None:
+    """:param folder: of a run. :return: its settings, see :func:`settings_of_a_run`, or None if there are none yet"""
     path = folder / "settings.json"
-    if not path.exists():
-        if rows.of_run(csv, run):
-            raise ValueError(
-                f"{csv} has rows of {' '.join(map(str, run))}, not made in {folder}: remove them, or take another --csv"
-            )
-    elif path.read_text() != settings:
-        theirs, ours = json.loads(path.read_text()), json.loads(settings)
-        differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-        changes = ", ".join(f"{name} was {theirs.get(name)}, is {ours.get(name)}" for name in differing)
+    return path.read_text() if path.exists() else None
+
+
+def check_same(folder: Path | str, theirs: str, ours: str) -> None:
+    """
+    :param folder: of a run
+    :param theirs: the settings there, see :func:`settings_of_a_run`
+    :param ours: those that the run is to have
+    :raises ValueError: if they differ
+    """
+    if theirs != ours:
+        was, now = json.loads(theirs), json.loads(ours)
+        differing = sorted(name for name in now.keys() | was.keys() if now.get(name) != was.get(name))
+        changes = ", ".join(f"{name} was {was.get(name)}, is {now.get(name)}" for name in differing)
         raise ValueError(f"{folder} is of a run with other settings ({changes}): take another --folder, or remove it")
 
 
@@ -247,6 +274,43 @@ def run_folder(folder: Path, task: str, variant: str, seed: int) -> Path:
     return folder / f"{task.replace('/', '-')}_{variant.replace('/', '-')}_{seed}"
 
 
+def due(
+    tasks: Sequence[tuple[str, str]],
+    seeds: Iterable[int],
+    steps: int,
+    csv: Path,
+    overrides: dict[str, Any],
+    folder_of: Callable[[tuple[str, str, int]], Path | str],
+    settings_in: Callable[[tuple[str, str, int]], str | None],
+    settings_of: Callable[[tuple[str, str, int]], str],
+) -> tuple[list[tuple[str, str, int]], list[tuple[str, str, int]]]:
+    """
+    Runs of a grid, wherever they train.
+
+    :param tasks: environment ids, each with a variant, see :func:`check_variant`
+    :param seeds: of the runs
+    :param steps: agent steps of a run
+    :param csv: that says what is done
+    :param overrides: settings instead of the hyperparameter file's
+    :param folder_of: where a run is, for messages
+    :param settings_in: the settings that a run was made with, or None where nothing tells them
+    :param settings_of: those that it is to have
+    :return: all runs, and those of them that are not done
+    :raises ValueError: if one that is done was made with other settings, or for settings that a variant can't have
+    """
+    for _, variant in tasks:
+        check_variant(variant, overrides)
+    done = {row.run for row in rows.read(csv)[0] if row.agent_steps >= steps} if csv.exists() else set()
+    grid = [(task, variant, seed) for seed in seeds for task, variant in tasks]
+    for run in grid:
+        theirs = settings_in(run) if run in done else None
+        if theirs is not None:
+            check_same(folder_of(run), theirs, settings_of(run))
+        elif run in done:
+            print(f"{' '.join(map(str, run))} is taken as {csv} has it: nothing in {folder_of(run)} tells its settings")
+    return grid, [run for run in grid if run not in done]
+
+
 def run_grid(
     tasks: Sequence[tuple[str, str]],
     seeds: Iterable[int],
@@ -273,17 +337,13 @@ def run_grid(
     :return: number of runs that failed
     :raises ValueError: if one that is done was made with other settings, or for settings that a variant can't have
     """
-    for _, variant in tasks:
-        check_variant(variant, overrides)
-    done = {row.run for row in rows.read(csv)[0] if row.agent_steps >= steps} if csv.exists() else set()
-    grid = [(task, variant, seed) for seed in seeds for task, variant in tasks]
-    todo = [run for run in grid if run not in done]
+    grid, todo = due(
+        tasks, seeds, steps, csv, overrides,
+        folder_of=lambda run: run_folder(folder, *run),
+        settings_in=lambda run: _settings_in(run_folder(folder, *run)),
+        settings_of=lambda run: settings_of_a_run(*run[:2], steps, csv, hyperparams, overrides),
+    )  # fmt: skip
     print(f"{len(grid)} runs, {len(grid) - len(todo)} of them done, {jobs} side by side", flush=True)
-    for run in grid:
-        if run in done and (run_folder(folder, *run) / "settings.json").exists():
-            _check_same(run_folder(folder, *run), settings_of_a_run(*run[:2], steps, csv, hyperparams, overrides), csv, run)
-        elif run in done:
-            print(f"{' '.join(map(str, run))} is taken as {csv} has it: nothing in {folder} tells its settings", flush=True)
     further = ["--conf-file", str(hyperparams), *arguments]
     if overrides:
         further += ["-params", *(f"{key}:{value!r}" for key, value in overrides.items())]
