@@ -4,6 +4,8 @@ import importlib
 import os
 import platform
 import socket
+import subprocess
+import sys
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +20,7 @@ from sb3_boom import zoo
 from sb3_boom.cluster.storage import Storage
 
 CONNECT_S = 5.0  # until an address that does not answer is given up; Ray itself tries for two minutes, and exits
+HEALTH_S = 20.0  # for a process that asks what answers there whether it is a cluster
 PROBE_S = 180.0  # until a node must have answered what it has; its first worker imports torch
 LOCAL = "local"
 
@@ -63,24 +66,22 @@ def _check_reachable(address: str) -> None:
     host, colon, port = address.rpartition(":")
     if "://" in address or not colon or not port.isdigit():
         raise ValueError(
-            f"{address!r} is no address of a Ray cluster: give host:port of its head (ray start --head prints it), auto on one "
-            "of its nodes, or local"
+            f"{address!r} is no address of a Ray cluster: give host:port of its head (ray start --head prints it), auto on "
+            "one of its nodes, or local"
         )
     hint = "Is the cluster up (ray status, on its head), the port open, this machine in its network?"
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except OSError as error:
         raise ConnectionError(f"no Ray cluster at {address}: {error}. {hint}") from error
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
-        from ray._raylet import check_health
-    except ImportError:  # of a Ray that has moved it; then its own wait
-        return
-    try:
-        healthy = check_health(address, timeout=CONNECT_S)
-    except Exception:  # whatever it is that answers there
-        healthy = False
-    if not healthy:
-        raise ConnectionError(f"what answers at {address} is no Ray cluster, or one with another token. {hint}")
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=HEALTH_S)
+    except subprocess.TimeoutExpired as error:
+        raise ConnectionError(f"what answers at {address} is no Ray cluster. {hint}") from error
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip().splitlines()[-1:] or ["unhealthy"]
+        raise ConnectionError(f"the Ray cluster at {address} refuses: {reason[0]}. {hint}") from error
 
 
 def versions() -> dict[str, str]:
@@ -106,7 +107,9 @@ def what_is_wrong_here(storage: Storage, marker: str, expected: dict[str, str], 
     :return: lines, none if all is well
     """
     problems = [
-        f"it has {name} {version}, the driver {expected[name]}" for name, version in versions().items() if version != expected[name]
+        f"it has {name} {version}, the driver {expected[name]}"
+        for name, version in versions().items()
+        if version != expected[name]
     ]
     try:
         seen = storage.read(f".markers/{marker}")
@@ -169,5 +172,6 @@ def check_nodes(storage: Storage, tasks: Sequence[str], num_cpus: float, num_gpu
             problems.append(f"{name}: can't run sb3_boom ({reason})")
     if problems:
         storage.remove(f".markers/{marker}")
-        raise ValueError(f"{len({p.partition(':')[0] for p in problems})} of {len(able)} nodes can't take runs: " + "; ".join(problems))
+        lacking = len({problem.partition(":")[0] for problem in problems})
+        raise ValueError(f"{lacking} of {len(able)} nodes can't take runs: " + "; ".join(problems))
     return marker

@@ -209,7 +209,7 @@ class Driver:
 
     def _free(self, busy: dict[Run, tuple[bytes | None, float]]) -> list[tuple[Run, bytes | None]]:
         """:param busy: runs of others, updated. :return: those that can be taken, each with a claim that nobody renews"""
-        free = []
+        free: list[tuple[Run, bytes | None]] = []
         for run, (claim, since) in busy.items():
             found = self.storage.read(f"{name_of(run)}/claim.json")
             if found is None:

@@ -99,6 +99,9 @@ class Watched(BaseCallback):
         super().__init__()
         self.report, self.claim, self._next = report, claim, 0.0
 
+    def _on_training_start(self) -> None:
+        self.report(self.model.num_timesteps)
+
     def _on_step(self) -> bool:
         if self.claim.lost:
             self.claim.check()
@@ -217,13 +220,13 @@ def _train(work: Work, run: Run, board: Any, claim: Claim, folder: Path, push: C
     import ray
 
     context = ray.get_runtime_context()
-    where = f"{context.get_node_id()[:8]}"
+    where = context.get_node_id()[:8]
     began: list[int] = []
 
     def report(steps: int | None = None, stored: bool = False) -> None:
         if steps is not None and not began:
             began.append(steps)
-            print(f"{' '.join(map(str, run))}: node {where}, from step {max(0, steps - 1)}", flush=True)
+            print(f"{' '.join(map(str, run))}: node {where}, from step {steps}", flush=True)
         news = {} if steps is None else {"steps": steps, "began": began[0]}
         if board is not None:
             board.report.remote(run, where=where, stored=stored, **news)
