@@ -36,6 +36,8 @@ options:
   --cpu        train, optimize, list, benchmark: settings for two CPU cores (boom-cpu.yml), the default without a GPU
   --paper      the same: the paper's settings (boom.yml), the default with a GPU
   --resume     train: a folder for the whole run, with checkpoints; the same command goes on where the run was interrupted
+  --heartbeat  optimize: seconds between signs of life of a trial, in a database; a trial without any for three times as long is
+               tried again (default: 60)
   --traceback  show where an error comes from"""
 USER_ERRORS = (ValueError, ImportError, OSError, gym.error.Error)
 OTHER_ERRORS = (TypeError, AssertionError, KeyError, RuntimeError)  # a mistake of the user's, or of a program's
@@ -102,7 +104,15 @@ def optimize(arguments: list[str], cpu: bool) -> None:
     :param arguments: of rl_zoo3's ``train``
     :param cpu: which hyperparameter file to take
     """
-    train(["-optimize", *arguments], cpu)
+    from sb3_boom import tuning
+
+    parser = argparse.ArgumentParser("sb3-boom optimize", add_help=False, allow_abbrev=False)
+    parser.add_argument("--heartbeat", type=int, default=tuning.HEARTBEAT_S)
+    options, arguments = parser.parse_known_args(arguments)
+    if options.heartbeat < 1:
+        raise ValueError(f"--heartbeat must be at least 1 second, not {options.heartbeat}")
+    with tuning.studies_survive(options.heartbeat, 3 * options.heartbeat):
+        train(["-optimize", *arguments], cpu)
 
 
 def enjoy(arguments: list[str]) -> None:

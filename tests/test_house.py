@@ -26,7 +26,7 @@ ROOMS = [
     "zoo",
     "benchmark",
     "cluster",
-    "experiment",
+    ("experiment", "tuning"),
     "cli",
     "__main__",
 ]

@@ -161,8 +161,8 @@ class RayVecEnv(VecEnv):
             self._kill()
             free = self._ray.available_resources()
             raise TimeoutError(
-                f"{self._needs} have not started in {START_S:g} s: free are {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs. "
-                "Take more envs_per_actor, or less num_cpus"
+                f"{self._needs} have not started in {START_S:g} s; free are {free.get('CPU', 0):g} CPUs and "
+                f"{free.get('GPU', 0):g} GPUs. Take more envs_per_actor, or less num_cpus"
             ) from error
         except BaseException:
             self._kill()
