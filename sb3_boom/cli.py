@@ -36,8 +36,8 @@ options:
   --cpu        train, optimize, list, benchmark: settings for two CPU cores (boom-cpu.yml), the default without a GPU
   --paper      the same: the paper's settings (boom.yml), the default with a GPU
   --resume     train: a folder for the whole run, with checkpoints; the same command goes on where the run was interrupted
-  --heartbeat  optimize: seconds between signs of life of a trial, in a database; a trial without any for three times as long is
-               tried again (default: 60)
+  --heartbeat  optimize: seconds between signs of life of a trial in a database (default: 60); without any for three times as
+               long, it is tried again
   --traceback  show where an error comes from"""
 USER_ERRORS = (ValueError, ImportError, OSError, gym.error.Error)
 OTHER_ERRORS = (TypeError, AssertionError, KeyError, RuntimeError)  # a mistake of the user's, or of a program's

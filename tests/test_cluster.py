@@ -106,7 +106,7 @@ def test_a_death_between_steps_closes_the_episode_too(cluster):
 
 @pytest.mark.parametrize("arguments", [dict(env_fns=[]), dict(env_fns=[PENDULUM], envs_per_actor=0)])
 def test_environments_that_can_not_be(arguments):
-    with pytest.raises(ValueError, match="env_fns|envs_per_actor"):
+    with pytest.raises(ValueError, match=r"env_fns|envs_per_actor"):
         RayVecEnv(**arguments)
 
 

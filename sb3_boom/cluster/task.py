@@ -20,7 +20,7 @@ from sb3_boom.cluster.storage import LEASE_S, Claim, ClaimLost, Mirror, Storage
 from sb3_boom.files import FolderLock
 
 Run = tuple[str, str, int]  # task, variant, seed
-REPORT_S = 2.0  # between two reports of a run
+REPORT_S = 5.0  # between two reports of a run
 ROWS = "rows.csv"
 DONE, BUSY, FAILED = "done", "busy", "failed"
 
