@@ -42,8 +42,9 @@ def main() -> None:
     at_once = min(args.runs, args.nodes)
     kept_gb = (sizes["first_megabytes"] + 2 * OPTIMIZERS_MB + sizes["next_model_megabytes"]) / 1000
     tasks, seeds, _ = PAPER
+    paper_h = tasks * seeds * run_s / 3600
     lines = {
-        "a run of the size 5M alone on a GPU": f"{run_s / 3600:.1f} h, of which evaluations {checkpoints * evaluation_s / 3600:.1f} h",
+        "a run of the size 5M alone on a GPU": f"{run_s / 3600:.1f} h, evaluations included",
         f"{args.runs} runs on {args.nodes} GPUs": f"{args.runs / args.nodes * run_s / 86400:.1f} days",
         "a checkpoint": f"{megabytes:.0f} MB every {interval_s:.0f} s",
         f"written by {at_once} runs at once": f"{at_once * megabytes / interval_s:.0f} MB/s",
@@ -52,8 +53,8 @@ def main() -> None:
         "read when a node dies": f"{kept_gb:.2f} GB a run, {sizes['resume_seconds']:.0f} s",
         "claims": f"{at_once * BEATS / LEASE_S:.1f} small writes/s, and as many reads",
         "calls of the head's board": f"{at_once / REPORT_S:.0f}/s",
-        f"the paper's {tasks} x {seeds} runs": f"{tasks * seeds * run_s / 3600:.0f} GPU hours, {tasks * seeds * run_s / 3600 * args.price:.0f} at "
-        f"{args.price:g} an hour; {seeds * run_s / 3600 * args.price:.0f} for a task's result",
+        f"the paper's {tasks} x {seeds} runs": f"{paper_h:.0f} GPU hours, {paper_h * args.price:.0f} at {args.price:g} an hour",
+        "a task's result of the paper's": f"{paper_h / tasks * args.price:.0f}",
     }  # fmt: skip
     print("| | |\n|---|---|")
     for what, value in lines.items():
