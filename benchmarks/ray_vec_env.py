@@ -77,8 +77,9 @@ def main() -> None:
     args = parser.parse_args()
     connect(num_cpus=max(args.envs), object_store_memory=200_000_000)
     found: dict[str, Any] = {"cores": os.cpu_count(), "ray": import_ray().__version__}
-    for name, shape in SHAPES.items():
-        for n in args.envs:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for n in args.envs:
+        for name, shape in SHAPES.items():
             env_fns: list[Any] = [functools.partial(Nothing, shape)] * n
             kinds: dict[str, Any] = {
                 "subproc": lambda fns=env_fns: SubprocVecEnv(fns),
@@ -88,8 +89,7 @@ def main() -> None:
             found[f"{name}-{n}"] = {kind: step_ms(make(), args.seconds) for kind, make in kinds.items()}
             found[f"{name}-{n}"]["load_average"] = round(os.getloadavg()[0], 1)
             print(name, n, found[f"{name}-{n}"], flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+            args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

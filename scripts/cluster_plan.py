@@ -53,7 +53,7 @@ def main() -> None:
         "read when a node dies": f"{kept_gb:.2f} GB a run, {sizes['resume_seconds']:.0f} s",
         "claims": f"{at_once * BEATS / LEASE_S:.1f} small writes/s, and as many reads",
         "calls of the head's board": f"{at_once / REPORT_S:.0f}/s",
-        f"the paper's {tasks} x {seeds} runs": f"{paper_h:.0f} GPU hours, {paper_h * args.price:.0f} at {args.price:g} an hour",
+        f"the paper's {tasks} x {seeds} runs": f"{paper_h:.0f} GPU hours, {paper_h * args.price:.0f} at {args.price:g} each",
         "a task's result of the paper's": f"{paper_h / tasks * args.price:.0f}",
     }  # fmt: skip
     print("| | |\n|---|---|")
