@@ -250,7 +250,7 @@ def loop(model: Any) -> dict[str, float]:
     inside = model.meters.take_milliseconds()
     return {
         "step_ms": step, "meter_plan_ms": inside["plan"], "meter_update_ms": inside["update"],
-        "loop_ms": step - sum(inside.values()),
+        "loop_ms": step - inside["plan"] - inside["update"],
     }  # fmt: skip
 
 

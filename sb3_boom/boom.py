@@ -42,6 +42,8 @@ from sb3_boom.core.compilation import allow_tf32, compiled, keep_freed_memory, s
 from sb3_boom.core.critic import Critic
 from sb3_boom.core.losses import LossConfig
 from sb3_boom.core.optimizers import set_learning_rates
+from sb3_boom.core.planner import statistic_names
+from sb3_boom.diagnostics import of_newest
 from sb3_boom.foresight import FreshTerminations, PlanOptimism
 from sb3_boom.guards import (
     STEPS_WITHOUT_A_DRAW,
@@ -400,9 +402,10 @@ class BOOM(SavedAlgorithm):
         left = train_freq.frequency - (steps if train_freq.unit == TrainFrequencyUnit.STEP else episodes)
         if left > 0:
             train_freq = TrainFreq(left, train_freq.unit)
-            rollout = super().collect_rollouts(
-                env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
-            )
+            with self.meters.timing_steps(env):
+                rollout = super().collect_rollouts(
+                    env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
+                )
         else:  # interrupted when only its updates were left to do
             rollout = RolloutReturn(0, 0, continue_training=True)
         rollout = RolloutReturn(
@@ -510,7 +513,8 @@ class BOOM(SavedAlgorithm):
         assert self.replay_buffer is not None
         config = self._loss_config()
         for _ in range(gradient_steps):
-            batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+            with self.meters.timing("sample", 1, self.device):
+                batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
             noise = losses.draw_noise(
                 self.horizon,
                 batch_size,
@@ -620,6 +624,7 @@ class BOOM(SavedAlgorithm):
             mean = self.policy.initial_mean(n_envs)
         plan = self.policy.plan(obs, mean.masked_fill(starts.view(-1, 1, 1), 0.0))
         self._planner_mean = plan.mean
+        self.meters.add_plans(plan.statistics)
         planned = finite_actions(
             th.cat([plan.exploratory_action, plan.planner_action, plan.planner_std, plan.value.unsqueeze(1)], dim=1)
         )
@@ -674,6 +679,14 @@ class BOOM(SavedAlgorithm):
         self._record_losses()
         for name, value in self.fresh_terminations.take_scores().items():
             self.logger.record(f"train/{name}", value)
+        names = statistic_names(self.policy.planner_config.horizon)
+        for name, value in zip(names, self.meters.take_plans(), strict=False):
+            if np.isfinite(value):  # no distance to a policy that makes none of the plan's samples
+                self.logger.record(f"planner/{name}", value)
+        if self._n_updates > 0:
+            measured = of_newest(self.policy, self.replay_buffer, self._vec_normalize_env, self.gamma)
+            for name, value in measured.items():
+                self.logger.record(f"train/{name}", value)
         for name, milliseconds in self.meters.take_milliseconds().items():
             self.logger.record(f"time/{name}_ms", milliseconds)
         super().dump_logs()

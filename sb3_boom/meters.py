@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch as th
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_boom.core.graphs import WARM_UP_CALLS
 
@@ -18,6 +19,7 @@ class Meters:
         self._terms: dict[str, th.Tensor] = {}
         self._seconds: dict[str, tuple[float, int]] = {}
         self.n_updates = 0  # since the losses were last taken
+        self._plans: th.Tensor | None = None  # [S + 1], sums of the plans' statistics, and how many plans there were
         self._started: dict[str, int] = {}
         self._pending: deque[tuple[str, int, th.cuda.Event, th.cuda.Event]] = deque()
 
@@ -57,6 +59,27 @@ class Meters:
         self._terms, self.n_updates = {}, 0
         return means
 
+    def add_plans(self, statistics: th.Tensor) -> None:
+        """
+        Count the plans of one step, without host synchronisation.
+
+        :param statistics: of all environments' plans, ``[E, S]``
+        """
+        sums = th.nn.functional.pad(statistics, (0, 1), value=1.0).sum(dim=0)
+        self._plans = sums if self._plans is None else self._plans.to(sums.device).add_(sums)
+
+    def take_plans(self) -> list[float]:
+        """
+        Waits for the device.
+
+        :return: means of the plans' statistics since the last call, ``S`` of them; empty if nothing was planned
+        """
+        if self._plans is None:
+            return []
+        *sums, count = self._plans.tolist()
+        self._plans = None
+        return [total / count for total in sums]
+
     @contextlib.contextmanager
     def timing(self, name: str, count: int, device: th.device) -> Iterator[None]:
         """
@@ -77,6 +100,30 @@ class Meters:
         end.record()
         self._pending.append((name, count, begin, end))
         self._count_finished()
+
+    @contextlib.contextmanager
+    def timing_steps(self, env: VecEnv) -> Iterator[None]:
+        """
+        Measure how long this process waits for the steps of environments, by its own clock.
+
+        :param env: stepped meanwhile; the innermost VecEnv is timed, since its wrappers may be saved meanwhile
+        """
+        base = env.unwrapped
+        step_wait, own = base.step_wait, base.__dict__.get("step_wait")
+
+        def timed() -> Any:
+            start = time.perf_counter()
+            result = step_wait()
+            self.add_seconds("env", time.perf_counter() - start, 1)
+            return result
+
+        base.step_wait = timed  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del base.__dict__["step_wait"]
+            if own is not None:
+                base.__dict__["step_wait"] = own
 
     def _count_finished(self) -> None:
         """Count what the GPU has finished."""
@@ -103,11 +150,13 @@ class Meters:
 
     def state(self) -> dict[str, Any]:
         """:return: for JSON, what :meth:`set_state` takes; without losses that were not taken yet"""
-        return {"seconds": self._seconds}
+        return {"seconds": self._seconds, "plans": None if self._plans is None else self._plans.tolist()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """:param state: of another one, to go on from"""
         self._seconds = {name: (total, n) for name, (total, n) in state["seconds"].items()}
+        plans = state.get("plans")  # format 1 has none
+        self._plans = None if plans is None else th.tensor(plans)
 
     def milliseconds(self) -> dict[str, float]:
         """

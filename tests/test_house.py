@@ -17,7 +17,7 @@ ROOMS = [
     "core",
     ("files", "guards", "storage", "drawing"),
     ("buffers", "policies", "manifests"),
-    ("update", "presets", "prior", "checks", "meters", "progress", "logs", "foresight"),
+    ("update", "presets", "prior", "checks", "meters", "progress", "logs", "foresight", "diagnostics"),
     ("waits", "checkpoint"),
     "saving",
     "boom",

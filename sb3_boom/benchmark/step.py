@@ -206,7 +206,7 @@ def measure(size: str, n_envs: int, what: str, changes: dict[str, Any], args: ar
     spent = seconds(lambda: model.learn(LOOP_STEPS * n_envs, reset_num_timesteps=False), device)
     inside = model.meters.milliseconds()
     row["env_steps_per_s"] = LOOP_STEPS * n_envs / spent
-    row["loop_ms"] = 1e3 * spent / LOOP_STEPS - sum(inside.values())  # SB3's loop, buffer and environment
+    row["loop_ms"] = 1e3 * spent / LOOP_STEPS - inside["plan"] - inside["update"]  # SB3's loop, buffer and environment
     row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # of this process so far
     if device.type == "cuda":
         row["peak_gpu_mb"] = th.cuda.max_memory_allocated(device) / 2**20

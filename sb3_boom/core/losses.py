@@ -402,13 +402,20 @@ def policy_loss(
         align_active = (scale > GATE_SCALE).float()
     else:
         align_active = th.full_like(scale, float(config.alignment != "none"))
+    entropy = squash_correction(action) - gaussian_log_prob(noise.policy_action, log_std)
+    n_imitated = imitated.sum(dim=1).clamp(min=1)
+    # 1 / sum of squares, of weights that sum to 1: how many samples the alignment really learns from
+    effective = 1.0 / (batch_weights.square().sum(dim=1) * n_imitated).clamp(min=1.0)
     terms = {
         "actor_loss": loss,
         "actor_value_loss": value_term,
         "align_loss": align_term,
+        "align_loss_scaled": config.align_coef * align_term,
+        "align_effective": effective.mean(),
         "align_active": align_active,
         "q_scale": scale,
         "q_mean": th.where(valid, values, 0.0).sum() / valid.sum(),
         "log_prob": th.where(valid, log_prob, 0.0).sum() / valid.sum(),
+        "entropy": th.where(valid, entropy, 0.0).sum() / valid.sum(),
     }
     return loss, scale, values.detach(), {name: term.detach() for name, term in terms.items()}

@@ -16,6 +16,7 @@ from sb3_boom.core.world_model import WorldModel
 
 PLANNERS = ("mppi", "cem")
 HORIZON_VALUES = ("mean", "min")
+AT_BOUND = 0.999  # an action in [-1, 1] at least that large counts as being at its bound
 PLANNER_KWARGS = (
     "n_samples",
     "n_elites",
@@ -132,6 +133,7 @@ class Plan(NamedTuple):
     :param mean: mean of the final distribution, the next plan's warm start, ``[E, H, A]``
     :param exploratory_action: the planner action with exploration noise, clamped, ``[E, A]``
     :param value: value of the best elite, ``[E]``
+    :param statistics: how the plan came about, by :func:`statistic_names`, ``[E, S]``
     """
 
     planner_action: th.Tensor
@@ -139,6 +141,23 @@ class Plan(NamedTuple):
     mean: th.Tensor
     exploratory_action: th.Tensor
     value: th.Tensor
+    statistics: th.Tensor
+
+
+class Elites(NamedTuple):
+    """
+    The best sequences of an iteration, best first.
+
+    :param first_actions: ``[E, K, A]``
+    :param weights: ``[E, K]``
+    :param values: ``[E, K]``, -inf where they are not finite
+    :param by_policy: bool, whether the policy made them, ``[E, K]``
+    """
+
+    first_actions: th.Tensor
+    weights: th.Tensor
+    values: th.Tensor
+    by_policy: th.Tensor
 
 
 def draw_noise(
@@ -258,7 +277,19 @@ def trajectory_values(
     return th.where(th.isfinite(value), value, -th.inf)
 
 
-def refine(
+def refine(*arguments: Any) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+    """
+    :func:`search`, of whose elites what the next iteration and the choice of an action need.
+
+    :param arguments: of :func:`search`
+    :return: new mean and std ``[H, E, A]``, the elites' first actions ``[E, K, A]`` and weights ``[E, K]``, best first, and
+        the best one's value ``[E]``
+    """
+    mean, std, elites = search(*arguments)
+    return mean, std, elites.first_actions, elites.weights, elites.values[:, 0]
+
+
+def search(
     world_model: WorldModel,
     actor: Actor,
     critic: Critic,
@@ -271,7 +302,7 @@ def refine(
     terminal_noise: th.Tensor,
     critic_pair: th.Tensor,
     terminations_seen: th.Tensor,
-) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+) -> tuple[th.Tensor, th.Tensor, Elites]:
     """
     One iteration: sample, score, keep the elites, fit mean and std to them.
 
@@ -287,8 +318,7 @@ def refine(
     :param terminal_noise: standard normal ``[E, N, A]``
     :param critic_pair: ``[2]`` int64
     :param terminations_seen: scalar tensor, 0 or 1
-    :return: new mean and std ``[H, E, A]``, the elites' first actions ``[E, K, A]`` and weights ``[E, K]``, best first, and
-        the best one's value ``[E]``
+    :return: new mean and std ``[H, E, A]``, and the elites
     """
     sampled = (mean.unsqueeze(2) + std.unsqueeze(2) * candidate_noise).clamp(-1.0, 1.0)
     actions = th.cat([policy_actions, sampled], dim=2)
@@ -307,7 +337,7 @@ def refine(
     w = weights[None, :, :, None]
     mean = (w * elites).sum(dim=2)
     std = (w * (elites - mean.unsqueeze(2)).square()).sum(dim=2).sqrt().clamp(config.min_std, config.max_std)
-    return mean, std, elites[0], weights, best.squeeze(1)
+    return mean, std, Elites(elites[0], weights, elite_values, elite_index < policy_actions.shape[2])
 
 
 def first_distribution(config: PlannerConfig, previous_mean: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -338,6 +368,40 @@ def choose(first_actions: th.Tensor, weights: th.Tensor, elite_noise: th.Tensor,
     return th.where(th.isfinite(mean[0]), action, th.nan)
 
 
+def statistic_names(horizon: int) -> list[str]:
+    """
+    What :func:`statistics` measures of a plan, by the name to log.
+
+    ``value``: of the best elite. ``value_spread``: std of the elites' values. ``policy_elites``: share of the elites that the
+    policy made. ``at_bounds``: share of the action's dimensions at a bound. ``prior_distance``: root mean square, over
+    dimensions, of the action less the mean of the policy's own samples. ``std_1`` and so on: std of the final distribution,
+    mean over dimensions, of each step.
+
+    :param horizon: ``H``
+    :return: ``S`` names
+    """
+    return ["value", "value_spread", "policy_elites", "at_bounds", "prior_distance", *(f"std_{t + 1}" for t in range(horizon))]
+
+
+def statistics(elites: Elites, std: th.Tensor, action: th.Tensor, policy_actions: th.Tensor) -> th.Tensor:
+    """
+    :param elites: of the last iteration
+    :param std: of the final distribution, ``[H, E, A]``
+    :param action: the planner's, ``[E, A]``
+    :param policy_actions: ``[H, E, P, A]``; without any the distance to them is NaN
+    :return: ``[E, S]``, see :func:`statistic_names`
+    """
+    finite = th.isfinite(elites.values)
+    n_finite = finite.sum(dim=1, keepdim=True)
+    mean_value = th.where(finite, elites.values, 0.0).sum(dim=1, keepdim=True) / n_finite
+    deviations = th.where(finite, elites.values - mean_value, 0.0)
+    spread = (deviations.square().sum(dim=1, keepdim=True) / n_finite).sqrt()
+    at_bounds = (action.abs() >= AT_BOUND).float().mean(dim=1, keepdim=True)
+    distance = (action - policy_actions[0].mean(dim=1)).square().mean(dim=1, keepdim=True).sqrt()
+    by_policy = elites.by_policy.float().mean(dim=1, keepdim=True)
+    return th.cat([elites.values[:, :1], spread, by_policy, at_bounds, distance, std.mean(dim=2).transpose(0, 1)], dim=1)
+
+
 def plan(
     world_model: WorldModel,
     actor: Actor,
@@ -364,11 +428,14 @@ def plan(
     policy_actions = policy_trajectories(world_model, actor, z, noise.policy)
     mean, std = first_distribution(config, previous_mean)
     for i in range(config.n_iterations):
-        mean, std, first_actions, weights, value = refine(
+        improve = refine if i + 1 < config.n_iterations else search
+        mean, std, *found = improve(
             world_model, actor, critic, config, z, policy_actions, mean, std,
             noise.candidates[i], noise.terminal[i], noise.critic_pairs[i], terminations_seen,
         )  # fmt: skip
-    action = choose(first_actions, weights, noise.elite, mean)
-    value = th.where(th.isfinite(value), value, th.nan)
+    (elites,) = found
+    action = choose(elites.first_actions, elites.weights, noise.elite, mean)
+    value = th.where(th.isfinite(elites.values[:, 0]), elites.values[:, 0], th.nan)
     exploratory = (action + std[0] * noise.exploration).clamp(-1.0, 1.0)
-    return Plan(action, std[0], mean.transpose(0, 1), exploratory, value)
+    measured = th.where(th.isfinite(value)[:, None], statistics(elites, std, action, policy_actions), th.nan)
+    return Plan(action, std[0], mean.transpose(0, 1), exploratory, value, measured)
