@@ -21,6 +21,8 @@ ROOMS = [
     ("waits", "checkpoint"),
     "saving",
     "boom",
+    "probing",
+    "evaluation",
     "callbacks",
     ("inspection", "deployment"),
     "zoo",

@@ -428,12 +428,14 @@ def plan(
     policy_actions = policy_trajectories(world_model, actor, z, noise.policy)
     mean, std = first_distribution(config, previous_mean)
     for i in range(config.n_iterations):
-        improve = refine if i + 1 < config.n_iterations else search
-        mean, std, *found = improve(
+        arguments = (
             world_model, actor, critic, config, z, policy_actions, mean, std,
             noise.candidates[i], noise.terminal[i], noise.critic_pairs[i], terminations_seen,
         )  # fmt: skip
-    (elites,) = found
+        if i + 1 < config.n_iterations:
+            mean, std, *_ = refine(*arguments)
+        else:
+            mean, std, elites = search(*arguments)
     action = choose(elites.first_actions, elites.weights, noise.elite, mean)
     value = th.where(th.isfinite(elites.values[:, 0]), elites.values[:, 0], th.nan)
     exploratory = (action + std[0] * noise.exploration).clamp(-1.0, 1.0)
