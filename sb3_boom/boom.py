@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import time
 import warnings
@@ -671,6 +672,18 @@ class BOOM(SavedAlgorithm):
     def prior(self) -> PolicyPrior:
         """The policy without planning; has ``predict``, so that ``evaluate_policy(model.prior, env)`` works."""
         return PolicyPrior(self.policy)
+
+    def inspect(self, env: GymEnv | str, **kwargs: Any) -> Any:
+        """
+        Let planner and prior act for a few episodes, and show what the model promised against what came: in a notebook as it
+        is, else ``model.inspect(env).save("page.html")``. Needs ``sb3_boom[inspect]``.
+
+        :param env: to act in, not the one that the model learns in, or its id
+        :param kwargs: of :func:`sb3_boom.inspection.inspect`
+        :return: :class:`sb3_boom.inspection.Inspection`
+        """
+        # by name: it is made of models, and plots, which nobody needs to learn
+        return importlib.import_module("sb3_boom.inspection").inspect(self, env, **kwargs)
 
     # ------------------------------------------------------------------------ log
 

@@ -31,6 +31,7 @@ commands, of which the first five take rl_zoo3's options (sb3-boom COMMAND --hel
   benchmark  train a grid of tasks and seeds, and report it beside published results
   bench      measure what a step costs on this machine
   export     write a trained model to an ONNX file, for a robot
+  inspect    write a page that shows why a model does not learn
 
 options:
   --cpu        train, optimize, list, benchmark: settings for two CPU cores (boom-cpu.yml), the default without a GPU
@@ -196,10 +197,23 @@ def export(arguments: list[str]) -> None:
     command.export(arguments)
 
 
+def inspect(arguments: list[str]) -> None:
+    """
+    :param arguments: of :func:`sb3_boom.inspection.command.inspect`
+    """
+    from sb3_boom import zoo
+    from sb3_boom.inspection import command
+
+    zoo.register()
+    command.inspect(arguments)
+
+
 BY_ENTRY: dict[str, Callable[[list[str], bool], None]] = dict(
     train=train, optimize=optimize, list=list_environments, benchmark=benchmark
 )
-OTHERS: dict[str, Callable[[list[str]], None]] = dict(enjoy=enjoy, record=record, plot=plot, bench=bench, export=export)
+OTHERS: dict[str, Callable[[list[str]], None]] = dict(
+    enjoy=enjoy, record=record, plot=plot, bench=bench, export=export, inspect=inspect
+)
 
 
 def _one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:

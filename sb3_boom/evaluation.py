@@ -20,8 +20,8 @@ class PlannerPriorEvalCallback(EvalCallback):
     SB3's ``EvalCallback`` for both actors of a model: the planner and the policy prior, on episodes of the same seeds.
 
     Logs ``eval/planner_return``, ``eval/prior_return`` and their difference ``eval/planner_gap``: what planning adds to
-    the policy. ``eval/mean_reward`` and ``eval/mean_ep_length`` are the planner's, and so is ``best_mean_reward``. Training goes on
-    as if there had been no evaluation.
+    the policy. ``eval/mean_reward`` and ``eval/mean_ep_length`` are the planner's, and so is ``best_mean_reward``. Training
+    goes on as if there had been no evaluation.
 
     :param eval_env: the environment used for evaluation, wrapped as the training one
     :param n_eval_episodes: episodes for each of the two
@@ -141,8 +141,9 @@ class WorldModelCallback(BaseCallback):
     had been none.
 
     Logs ``world_model/latent_error_1`` … ``_10``, ``reward_error_…``, ``termination_error_…`` and ``value_error_…`` by how
-    many steps ahead they are (:func:`sb3_boom.probing.open_loop`); ``world_model/value_bias_planner`` and ``_prior``, the critics'
-    values less the discounted returns that came, for the actions of either, and ``value_ratio_…``, their means' ratio;
+    many steps ahead they are (:func:`sb3_boom.probing.open_loop`); ``world_model/value_bias_planner`` and ``_prior``, the
+    critics' values less the discounted returns that came, for the actions of either, and ``value_ratio_…``, the ratio of their
+    means;
     ``world_model/termination_precision`` and ``termination_recall``, one step ahead.
 
     :param eval_env: the environment used, wrapped as the training one; its own

@@ -14,6 +14,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage
 
 from sb3_boom.boom import BOOM
+from sb3_boom.core import planner
 from sb3_boom.core.planner import statistic_names
 from sb3_boom.waits import evaluation_watched
 
@@ -103,8 +104,10 @@ def check_spaces(model: BOOM, env: VecEnv) -> None:
             f"{model.observation_space}: wrap it as the training environment"
         )
     ours, other = model.action_space, env.action_space
-    same = isinstance(other, spaces.Box) and isinstance(ours, spaces.Box) and ours.shape == other.shape
-    if not same or not (np.array_equal(ours.low, other.low) and np.array_equal(ours.high, other.high)):
+    assert isinstance(ours, spaces.Box)
+    if not isinstance(other, spaces.Box) or not all(
+        np.array_equal(getattr(ours, bound), getattr(other, bound)) for bound in ("low", "high")
+    ):
         raise ValueError(f"the evaluation environment's actions, {other}, are not the model's, {ours}")
 
 
@@ -151,7 +154,8 @@ def collect(
             if dones[i]:
                 truncated = infos[i].get("TimeLimit.truncated", False)
                 final = infos[i].get("terminal_observation")
-                final_row = _row(following, i) if final is None else {"": final} if not isinstance(final, dict) else final
+                at_end = {"": final} if final is not None and not isinstance(final, dict) else final
+                final_row = _row(following, i) if at_end is None else at_end
                 finished.append(_episode(running[i], final_row, not truncated))
                 running[i] = []
                 mean[i] = 0.0
@@ -168,8 +172,8 @@ def _row(obs: Any, index: int) -> dict[str, np.ndarray]:
 
 
 def _episode(rows: list[tuple], final: dict[str, np.ndarray], terminated: bool) -> Episode:
-    observations, *others = zip(*rows, strict=True)
-    observations = {key: np.stack([*(obs[key] for obs in observations), final[key]]) for key in final}
+    by_step, *others = zip(*rows, strict=True)
+    observations = {key: np.stack([*(obs[key] for obs in by_step), final[key]]) for key in final}
     actions, rewards, raw_rewards, values, statistics, seconds = (np.array(column) for column in others)
     return Episode(observations, actions, rewards, raw_rewards, terminated, values, statistics, seconds)
 
@@ -208,9 +212,9 @@ def open_loop(model: BOOM, episodes: list[Episode], depth: int = DEPTH) -> dict[
     :param episodes: to start from, at every step or every few
     :param depth: ``D`` steps
     :return: mean over starts, ``[D]`` each, NaN where no episode is as long: ``latent``, squared distance as a part of how
-        far the latent has moved, so that 1 is no better than to predict no change; ``reward``, absolute error; ``reward_constant``,
-        that of the mean reward in its place; ``termination``, absolute error of the probability; ``value``, absolute
-        difference between the critics' values of the predicted and of the encoded state
+        far the latent has moved, so that 1 is no better than to predict no change; ``reward``, absolute error;
+        ``reward_constant``, that of the mean reward in its place; ``termination``, absolute error of the probability; ``value``,
+        absolute difference between the critics' values of the predicted and of the encoded state
     """
     names = ("latent", "moved", "reward", "reward_constant", "termination", "value")
     sums, counts = {name: np.zeros(depth) for name in names}, np.zeros(depth)
@@ -326,3 +330,30 @@ def watched_episodes(
     """
     with own_randomness(model.device, seed), evaluation_watched(env):
         return collect(model, env, n_episodes, seed, planned, deterministic)
+
+
+def iterations(model: BOOM, episode: Episode, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    How a plan comes about, from a cold start.
+
+    :param model: plans
+    :param episode: of the state planned from
+    :param step: of the episode
+    :return: mean and std of the first action after every iteration, ``[I, A]`` each
+    """
+    policy, config = model.policy, model.policy.planner_config
+    z = encode(model, episode)[step : step + 1]
+    noise = planner.draw_noise(config, 1, policy.action_dim, policy.critic.n_critics, policy.device)
+    networks = (policy.world_model, policy.actor, policy.critic, config)
+    means, stds = [], []
+    with th.no_grad():
+        by_policy = planner.policy_trajectories(policy.world_model, policy.actor, z, noise.policy)
+        mean, std = planner.first_distribution(config, policy.initial_mean(1))
+        for i in range(config.n_iterations):
+            mean, std, *_ = planner.refine(
+                *networks, z, by_policy, mean, std, noise.candidates[i], noise.terminal[i], noise.critic_pairs[i],
+                policy.terminations_seen,
+            )  # fmt: skip
+            means.append(mean[0, 0].cpu().numpy())
+            stds.append(std[0, 0].cpu().numpy())
+    return np.stack(means), np.stack(stds)
