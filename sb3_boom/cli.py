@@ -40,6 +40,11 @@ options:
   --heartbeat  optimize: seconds between signs of life of a trial in a database (default: 60); without any for three times as
                long, it is tried again
   --traceback  show where an error comes from"""
+# by what an error says: the Debian package that brings the library
+GL_PACKAGES = {
+    "OSMesa": "libosmesa6", "libEGL": "libegl1", "eglQuery": "libegl1", "libGLU": "libglu1-mesa", "libGL": "libgl1",
+    "GLFWError": "libglfw3", "gladLoadGL": "libgl1",
+}  # fmt: skip
 USER_ERRORS = (ValueError, ImportError, OSError, gym.error.Error)
 OTHER_ERRORS = (TypeError, AssertionError, KeyError, RuntimeError)  # a mistake of the user's, or of a program's
 
@@ -133,7 +138,22 @@ def record(arguments: list[str]) -> None:
     """
     _rl_zoo3(arguments)
     sys.argv[1:] = ["--algo", "boom", "-f", "logs", *arguments]
-    runpy.run_module("rl_zoo3.record_video", run_name="__main__")
+    try:
+        runpy.run_module("rl_zoo3.record_video", run_name="__main__")
+    except Exception as error:
+        if (package := missing_gl_package(f"{type(error).__name__}: {error}")) is not None:
+            raise ImportError(
+                f"frames can't be drawn ({error}): on Debian, `apt install {package}` brings what is missing"
+            ) from error
+        raise
+
+
+def missing_gl_package(message: str) -> str | None:
+    """
+    :param message: an error's
+    :return: the Debian package of the OpenGL library that it is for want of, if it is
+    """
+    return next((package for sign, package in GL_PACKAGES.items() if sign.lower() in message.lower()), None)
 
 
 def plot(arguments: list[str]) -> None:

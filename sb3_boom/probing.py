@@ -213,8 +213,8 @@ def open_loop(model: BOOM, episodes: list[Episode], depth: int = DEPTH) -> dict[
     :param depth: ``D`` steps
     :return: mean over starts, ``[D]`` each, NaN where no episode is as long: ``latent``, squared distance as a part of how
         far the latent has moved, so that 1 is no better than to predict no change; ``reward``, absolute error;
-        ``reward_constant``, that of the mean reward in its place; ``termination``, absolute error of the probability; ``value``,
-        absolute difference between the critics' values of the predicted and of the encoded state
+        ``reward_constant``, that of the mean reward in its place; ``termination``, absolute error of the probability;
+        ``value``, absolute difference between the critics' values of the predicted and of the encoded state
     """
     names = ("latent", "moved", "reward", "reward_constant", "termination", "value")
     sums, counts = {name: np.zeros(depth) for name in names}, np.zeros(depth)

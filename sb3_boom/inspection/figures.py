@@ -45,7 +45,7 @@ def svg(figure: Any) -> str:
 
 def legend(axis: Any) -> None:
     """:param axis: to explain"""
-    axis.legend(frameon=False, labelcolor=GREY)
+    axis.legend(frameon=False, labelcolor=GREY, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.0)
 
 
 def returns(planner: list[float], prior: list[float]) -> Any:
