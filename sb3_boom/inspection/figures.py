@@ -9,7 +9,7 @@ import numpy as np
 from sb3_boom.probing import Episode
 
 GREY, BLUE, ORANGE = "#80858d", "#3b8fd6", "#e0792b"
-STYLE = {
+STYLE: Any = {
     "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
     "axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "legend.frameon": False,
     "axes.titlesize": 11, "figure.constrained_layout.use": True, "svg.hashsalt": "sb3_boom",

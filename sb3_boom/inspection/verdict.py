@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# what the runs of docs/when_it_does_not_learn.md that learn keep within
+# round numbers, to be replaced by what runs that learn keep within: docs/when_it_does_not_learn.md says what is known
 LATENT_ERROR = 0.5  # at the planning horizon, where 1 is no better than to predict no change
 VALUE_BIAS = 0.5  # critics' mean less the returns that came, as a part of the returns' scale
 
@@ -13,7 +13,7 @@ VALUE_BIAS = 0.5  # critics' mean less the returns that came, as a part of the r
 class Sentence:
     """
     :param about: "world model", "critics", "planner" or "reward"
-    :param healthy: whether it is within what healthy runs keep to; None where nothing could be measured
+    :param healthy: whether it is within the thresholds above; None where nothing could be measured
     :param text: of the verdict
     """
 
