@@ -45,7 +45,15 @@ def svg(figure: Any) -> str:
 
 def legend(axis: Any) -> None:
     """:param axis: to explain"""
-    axis.legend(frameon=False, labelcolor=GREY, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.0)
+    axis.legend(
+        frameon=False,
+        labelcolor=GREY,
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        ncols=3,
+        borderaxespad=0.0,
+        markerscale=2.0,
+    )
 
 
 def returns(planner: list[float], prior: list[float]) -> Any:
@@ -101,10 +109,11 @@ def depth(errors: dict[str, np.ndarray]) -> Any:
     for axis, name, label in ((latent, "latent", "latent"), (reward, "reward", "reward"), (value, "value", "value")):
         axis.plot(x, errors[name], color=BLUE, marker="o", markersize=3, label="model")
         axis.set(ylabel=f"{label} error")
-        axis.set_ylim(bottom=0)
     latent.axhline(1.0, color=ORANGE, linestyle="--", label="nothing changes")
     reward.plot(x, errors["reward_constant"], color=ORANGE, linestyle="--", label="mean reward")
     value.set(xlabel="steps ahead, without looking")
+    for axis in (latent, reward, value):
+        axis.set_ylim(bottom=0)  # last, since the top stays where it is from here on
     for axis in (latent, reward):
         legend(axis)
     return figure
