@@ -46,10 +46,11 @@ def of_world_model(latent: np.ndarray, reward: np.ndarray, constant: np.ndarray,
     )  # fmt: skip
 
 
-def of_critics(promised: np.ndarray, came: np.ndarray) -> Sentence:
+def of_critics(promised: np.ndarray, came: np.ndarray, whose: str = "planner") -> Sentence:
     """
-    :param promised: critics' values of the planner's actions, ``[n]``
+    :param promised: critics' values of actions taken, ``[n]``
     :param came: discounted returns from there, ``[n]``
+    :param whose: actions
     :return: the sentence
     """
     if len(came) == 0:
@@ -59,7 +60,8 @@ def of_critics(promised: np.ndarray, came: np.ndarray) -> Sentence:
     healthy = abs(bias) < VALUE_BIAS * scale
     judged = "The critics can be believed" if healthy else f"The critics promise too {'much' if bias > 0 else 'little'}"
     times = f", {np.mean(promised) / mean:.1f} × what comes" if abs(mean) > 0.1 * scale and mean > 0 else ""
-    return Sentence("critics", healthy, f"{judged}: {np.mean(promised):.3g} on average where {mean:.3g} came{times}.")
+    text = f"{judged}: {np.mean(promised):.3g} on average for the {whose}'s actions where {mean:.3g} came{times}."
+    return Sentence("critics", healthy, text)
 
 
 def of_planner(planner: list[float], prior: list[float], at_bounds: float, by_policy: float) -> Sentence:
