@@ -25,7 +25,7 @@ MAX_YAML_BYTES = 2**20
 MAX_YAML_ITEMS = 100_000
 MISSING = {
     "dm_control/": 'dm_control is missing: pip install "sb3_boom[dmc]" (Python 3.12 at most)',
-    "h1hand-": "Humanoid-Bench is missing, and is on no package index: docs/zoo.md has the recipe",
+    "h1hand-": "Humanoid-Bench is missing, and is on no package index: docs/install.md has the recipe",
     "LunarLander": 'Box2D is missing: pip install "sb3_boom[box2d]"',
     "BipedalWalker": 'Box2D is missing: pip install "sb3_boom[box2d]"',
 }
