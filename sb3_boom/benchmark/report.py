@@ -184,7 +184,7 @@ def write(paths: Sequence[Path], output: Path, only: Sequence[str] | None = None
     lines = [
         f"# {escaped(output.stem.capitalize())}",
         "",
-        "Last evaluation that all seeds of a row reached; mean and sample standard deviation over seeds. The policy prior is",
+        "Returns at the last evaluation that all seeds of a row reached: mean and sample standard deviation. The prior is",
         "the policy without planning. A variant is named for its alignment, or for what differs from its hyperparameter file.",
         "",
     ]
@@ -289,8 +289,8 @@ def _aggregates(last: dict[tuple[str, str], list[Row]]) -> list[str]:
         "",
         "## Interquartile mean",
         "",
-        "Of planner returns divided by the task's maximum, over all runs (task and seed) of a variant; and, to compare",
-        f"variants, over the runs that all with this last step share. {LEVEL:.0%} bootstrap interval. Gymnasium's tasks",
+        "These are planner returns divided by the task's maximum, over all runs (task and seed) of a variant. To compare",
+        f"variants, they are also given over the runs that all variants with this last step share. {LEVEL:.0%} bootstrap interval. Gymnasium's tasks",
         "have no maximum: their returns are divided by what CrossQ is published with there at 100k env steps.",
         "",
         "| agent steps | variant | tasks | runs | interquartile mean | interval | mean |",
