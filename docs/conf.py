@@ -7,6 +7,7 @@ import re
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.transforms import SphinxTransform
 
 import sb3_boom
@@ -38,6 +39,18 @@ html_show_sphinx = False
 html_copy_source = False
 
 
+def anchor(module: str, name: str) -> str:
+    """
+    :param module: of the package
+    :param name: of a function, class or method; one that is not documented stands for the class around it
+    :return: where the module's source page has it, or nothing
+    """
+    for full in ModuleAnalyzer.for_module(module).find_tags():
+        if full.split(".")[-1] == name:
+            return "#" + (full.rpartition(".")[0] if name.startswith("_") else full)
+    return ""
+
+
 class RepositoryLinks(SphinxTransform):
     """
     Pages link to files as GitHub resolves them, relative to ``docs``. In the site a module of the package becomes its source
@@ -53,9 +66,7 @@ class RepositoryLinks(SphinxTransform):
             if path.suffix == ".py" and path.is_relative_to(ROOT / "sb3_boom"):
                 module = path.relative_to(ROOT).with_suffix("").as_posix()
                 uri = self.app.builder.get_relative_uri(self.env.docname, f"_modules/{module}")
-                name = node.astext()
-                if name.isidentifier() or name.replace(".", "").isidentifier():
-                    uri += f"#{name}"
+                uri += anchor(module.replace("/", "."), node.astext())
                 node.replace_self(nodes.reference("", "", *node.children, refuri=uri, internal=True))
         for node in list(self.document.findall(addnodes.pending_xref)):
             path = ROOT / "docs" / node["reftarget"]
@@ -64,9 +75,8 @@ class RepositoryLinks(SphinxTransform):
                 node.replace_self(node.children)
             elif page.exists() and not page.is_relative_to(ROOT / "docs"):
                 target = pathlib.Path(os.path.relpath(page, ROOT / "docs")).as_posix()
-                node.replace_self(
-                    addnodes.download_reference("", "", *node.children, **(node.attributes | {"reftarget": target}))
-                )
+                attributes = {**node.attributes, "reftarget": target}
+                node.replace_self(addnodes.download_reference("", "", *node.children, **attributes))
 
 
 def without_pages_to_come(app: Sphinx, docname: str, source: list[str]) -> None:
