@@ -7,9 +7,6 @@ import sys
 
 import pytest
 
-from sb3_boom import boom
-from sb3_boom.core.compilation import eager
-
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 SCRIPTS = {
     "quickstart.py": "policy without planning: a return of",
@@ -20,46 +17,24 @@ SCRIPTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small(tmp_path, monkeypatch):
-    """Tiny plans and batches, few random steps, no compiler, a folder of its own; gives the models that learned."""
-    full, learned = boom.resolve_auto, []
-
-    def resolve_auto(*arguments):
-        planner = dict(n_samples=16, n_elites=4, n_policy_samples=2, n_iterations=1)
-        return {**full(*arguments), "learning_starts": 20, "pretrain_steps": 2, "batch_size": 8, "planner_kwargs": planner}
-
-    def learn(self, *args, **kwargs):
-        learned.append(self)
-        return full_learn(self, *args, **kwargs)
-
-    full_learn = boom.BOOM.learn
-    monkeypatch.setattr(boom, "resolve_auto", resolve_auto)
-    monkeypatch.setattr(boom.BOOM, "learn", learn)
-    monkeypatch.setattr("sb3_boom.policies.choose_compiler", lambda setting, device: eager)
-    monkeypatch.chdir(tmp_path)
-    return learned
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_train_and_act(name, small, monkeypatch, capsys):
+def test_scripts_train_and_act(name, small_scale, monkeypatch, capsys):
     if name == "deploy.py":
         for module in ("onnx", "onnxscript", "onnxruntime"):
             pytest.importorskip(module)
     if name == "pixels.py":
         pytest.importorskip("pygame")
-        monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     monkeypatch.setattr(sys, "argv", [name, "--steps", "40", "--episodes", "1"])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert SCRIPTS[name] in capsys.readouterr().out
-    assert small[0].num_timesteps >= 40 and small[0]._n_updates > 2
+    assert small_scale[0].num_timesteps >= 40 and small_scale[0]._n_updates > 2
 
 
 def test_every_script_is_tested_or_is_of_another_test():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {*SCRIPTS, "control_loop.py"}
 
 
-def test_notebook_runs_cell_by_cell(small, monkeypatch):
+def test_notebook_runs_cell_by_cell(small_scale):
     pytest.importorskip("matplotlib").use("Agg")
     notebook = json.loads((EXAMPLES / "boom.ipynb").read_text())
     assert notebook["nbformat"] == 4 and all(not cell.get("outputs") for cell in notebook["cells"])
@@ -69,5 +44,5 @@ def test_notebook_runs_cell_by_cell(small, monkeypatch):
         cell = cell.replace("STEPS = 5_000", "STEPS = 30").replace("range(200)", "range(3)")
         # one step of an episode and no more: evaluations are the slow part
         exec(cell.replace("n_eval_episodes=5", "n_eval_episodes=1").replace("STEPS // 5", "STEPS"), names)
-    assert small[0]._n_updates > 2 and len(names["angles"]) == 3
+    assert small_scale[0]._n_updates > 2 and len(names["angles"]) == 3
     assert len(names["evaluation"].planner_returns) == 1
