@@ -69,13 +69,14 @@ class RepositoryLinks(SphinxTransform):
                 uri += anchor(module.replace("/", "."), node.astext())
                 node.replace_self(nodes.reference("", "", *node.children, refuri=uri, internal=True))
         for node in list(self.document.findall(addnodes.pending_xref)):
-            path = ROOT / "docs" / node["reftarget"]
-            page = path.with_name(path.name + ".md")
-            if path.is_dir():
+            # MyST gives a page of another folder by its whole path without suffix, what an included page links to as it is
+            target = node["reftarget"]
+            found = [path for path in (ROOT / f"{target}.md", ROOT / target) if path.is_file()]
+            if (ROOT / "docs" / target).is_dir() or (ROOT / target).is_dir():
                 node.replace_self(node.children)
-            elif page.exists() and not page.is_relative_to(ROOT / "docs"):
-                target = pathlib.Path(os.path.relpath(page, ROOT / "docs")).as_posix()
-                attributes = {**node.attributes, "reftarget": target}
+            elif found and not found[0].is_relative_to(ROOT / "docs"):
+                relative = pathlib.Path(os.path.relpath(found[0], ROOT / "docs")).as_posix()
+                attributes = {**node.attributes, "reftarget": relative}
                 node.replace_self(addnodes.download_reference("", "", *node.children, **attributes))
 
 
