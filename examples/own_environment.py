@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=10, help="of each evaluation")
     args = parser.parse_args()
     # the time limit makes gamma and the length of warm-up
-    gym.register("Parking-v0", Parking, max_episode_steps=100)
+    gym.register("Parking-v0", Parking, max_episode_steps=100)  # type: ignore[arg-type]  # it takes no further arguments
     check_env(gym.make("Parking-v0").unwrapped, skip_render_check=True)
     model = BOOM("MlpPolicy", "Parking-v0", seed=0, verbose=1)
     model.learn(args.steps)

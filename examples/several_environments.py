@@ -3,8 +3,8 @@ Eight environments at once, with normalised observations and rewards; then the m
 
     python examples/several_environments.py
 
-One plan serves all environments. ``gradient_steps=-1`` updates once for each environment's step; fewer updates are quicker, and
-learn less from a step.
+One plan serves all environments. ``gradient_steps=-1`` updates once for each environment's step; fewer updates are quicker,
+and learn less from a step.
 """
 
 import argparse
