@@ -31,6 +31,7 @@ type: .venv/.installed
 
 # The site: docs/_build/html/index.html. Needs no network; a warning or a link that leads nowhere is an error
 docs: .venv/.installed
+	rm -rf docs/_build  # pages of sources are not made anew otherwise
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	$(BIN)/python docs/check_site.py docs/_build/html
 
