@@ -3,9 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENV ?= Pendulum-v1
 SEED ?= 0
-SOURCES := sb3_boom tests scripts benchmarks examples
+SOURCES := sb3_boom tests scripts benchmarks examples docs/conf.py docs/check_site.py
 
-.PHONY: train test slow lint type format evidence evidence-settings evidence-terminations evidence-acting evidence-gym evidence-dmc evidence-others gpu clean
+.PHONY: train test slow lint type docs format evidence evidence-settings evidence-terminations evidence-acting evidence-gym evidence-dmc evidence-others gpu clean
 
 .venv/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
@@ -28,6 +28,12 @@ lint: .venv/.installed
 
 type: .venv/.installed
 	$(BIN)/mypy sb3_boom scripts examples
+
+# The site: docs/_build/html/index.html. Needs no network; a warning or a link that leads nowhere is an error
+docs: .venv/.installed
+	rm -rf docs/_build  # pages of sources are not made anew otherwise
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python docs/check_site.py docs/_build/html
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -105,4 +111,4 @@ evidence-others: .venv/.installed
 	$(call pages,others)
 
 clean:
-	rm -rf .venv logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv logs docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

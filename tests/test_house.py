@@ -1,14 +1,18 @@
 """How the package is built: what each room may import, and what an installation holds."""
 
 import ast
+import os
 import pathlib
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from email.parser import Parser
 
 import pytest
+from conftest import TINY
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "sb3_boom"
@@ -122,6 +126,31 @@ def test_the_wheel_has_every_module_and_data_file(built):
     assert {name.split("/")[0] for name in names} == {"sb3_boom", "sb3_boom-0.1.0.dist-info"}
 
 
+def test_the_wheel_trains_in_an_empty_environment(built, tmp_path):
+    """
+    Away from the checkout. What it depends on is borrowed from this environment by a line on the path, instead of a
+    gigabyte's download; packages that are linked here, as this one is, do not come along.
+    """
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-index"]
+    wheel = str(built[0].filename)
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", *options, wheel], check=True)
+    (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    program = f"""
+import sb3_boom
+assert sb3_boom.__file__.startswith({str(packages)!r}), sb3_boom.__file__
+model = sb3_boom.BOOM("MlpPolicy", "Pendulum-v1", **{dict(TINY, learning_starts=200)!r})
+model.learn(300)
+model.save("model")
+assert sb3_boom.BOOM.load("model").num_timesteps == 300 and model._n_updates >= 100
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([python, "-c", program], check=True, cwd=tmp_path, env=environment)
+    subprocess.run([python.with_name("sb3-boom"), "--help"], check=True, cwd=tmp_path, env=environment, capture_output=True)
+
+
 def test_the_wheels_metadata_are_complete(built):
     wheel = built[0]
     metadata = Parser().parsestr(wheel.read("sb3_boom-0.1.0.dist-info/METADATA").decode())
@@ -134,7 +163,7 @@ def test_the_wheels_metadata_are_complete(built):
     requires = metadata.get_all("Requires-Dist")
     required = ["stable-baselines3<3,>=2.9", "torch>=2.7", "gymnasium<2,>=1.3", "numpy>=1.26"]
     assert [line for line in requires if "extra ==" not in line] == required
-    assert {"dmc", "mujoco", "zoo", "box2d", "extra", "tests", "all"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"dmc", "mujoco", "zoo", "box2d", "extra", "tests", "docs", "all"} <= set(metadata.get_all("Provides-Extra"))
     assert 'dm_control>=1.0.20; python_version < "3.13" and extra == "dmc"' in requires
     assert len(metadata.get_all("Classifier")) == 6 and len(metadata["Keywords"].split(",")) == 6
     assert "sb3-boom = sb3_boom.cli:main" in wheel.read("sb3_boom-0.1.0.dist-info/entry_points.txt").decode()
@@ -148,6 +177,10 @@ def test_the_source_distribution_has_what_building_and_testing_need(built):
         "tests/data/boom-0.1.0.zip",
         "scripts/train.py",
         "docs/guide.md",
+        "docs/conf.py",
+        "docs/images/loop.svg",
+        "examples/boom.ipynb",
+        "CITATION.cff",
         "zoo_hyperparams/boom.yml",
     }
     assert needed <= names
