@@ -46,7 +46,7 @@ define curves
 	printf '%s\n' 0 1 2 | xargs -P 2 -I{} $(BIN)/python scripts/train.py --no-progress --threads 1 --eval-envs 10 \
 		--seed {} --csv $(EVIDENCE)/$(1).csv $(2)
 endef
-RELEASE := -params "alignment:'release'"
+RELEASE := -params "alignment:'release'" "planner_kwargs:dict(horizon_value='mean')"
 PIXELS := --env InvertedPendulum-v5 --hyperparams zoo_hyperparams/boom-pixels.yml
 GRID := --cpu --seeds 0 1 2 --jobs 2 --folder $(EVIDENCE)
 ABLATED := dm_control/cheetah-run-v0 dm_control/finger-spin-v0
@@ -80,7 +80,7 @@ define pages
 	$(BIN)/sb3-boom benchmark report $(EVIDENCE)/$(1).csv --out $(EVIDENCE)/$(1).md
 	$(BIN)/sb3-boom benchmark export $(EVIDENCE)/$(1).csv --out $(EVIDENCE)/$(1)-long.csv
 endef
-CANDIDATES := forward_kl coef_1 max_std_0.5 coef_1_max_std_0.5 min_value two_updates
+CANDIDATES := forward_kl coef_1 max_std_0.5 coef_1_max_std_0.5 min_value mean_value two_updates
 # Settings against each other, on the development tasks
 evidence-settings: .venv/.installed
 	$(BIN)/sb3-boom benchmark run --suite development --variants $(CANDIDATES) --steps 30000 --eval-freq 5000 \

@@ -55,6 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "max_std_0.5": {"planner_kwargs": {"max_std": 0.5}},
     "coef_1_max_std_0.5": {"align_coef": 1.0, "planner_kwargs": {"max_std": 0.5}},
     "min_value": {"planner_kwargs": {"horizon_value": "min"}},
+    "mean_value": {"planner_kwargs": {"horizon_value": "mean"}},
     "two_updates": {"gradient_steps": 2},
 }
 
