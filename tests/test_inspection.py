@@ -59,7 +59,8 @@ def test_the_verdict_names_what_is_wrong():
     bad = verdict.of_critics(np.full(9, 28.0), np.full(9, 10.0))
     assert not bad.healthy and "promise too much" in bad.text and "2.8 × what comes" in bad.text
     assert verdict.of_critics(np.full(9, 10.5), np.full(9, 10.0)).healthy
-    assert "for the prior's actions" in verdict.of_critics(np.full(9, 28.0), np.full(9, 10.0), "prior").text
+    prior = verdict.of_critics(np.full(9, 10.5), np.full(9, 10.0), np.full(9, 28.0), np.full(9, 10.0))
+    assert prior.healthy and "for the prior's actions 28 where 10 came" in prior.text
     assert verdict.of_critics(np.zeros(0), np.zeros(0)).healthy is None
     well, ill, constant = np.full(10, 0.1), np.full(10, 0.9), np.full(10, 1.0)
     assert verdict.of_world_model(well, well, constant, 3).healthy

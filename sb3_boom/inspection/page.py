@@ -142,11 +142,7 @@ def _judge(found: Inspection, model: BOOM, by_planner: list[probing.Episode], by
     found.sentences += [
         *([nothing] if nothing else []),
         verdict.of_world_model(errors["latent"], errors["reward"], errors["reward_constant"], horizon),
-        # the worse of the two
-        min(
-            (verdict.of_critics(*values, whose) for whose, values in calibrated.items()),
-            key=lambda sentence: (False, True, None).index(sentence.healthy),
-        ),
+        verdict.of_critics(*calibrated["planner"], *calibrated["prior"]),
         verdict.of_planner(returns[0], returns[1], of_plans["at_bounds"], of_plans["policy_elites"]),
     ]
     seconds = np.concatenate([episode.seconds for episode in by_planner])[1:]  # the first one may compile

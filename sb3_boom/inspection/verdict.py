@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# round numbers, to be replaced by what runs that learn keep within: docs/when_it_does_not_learn.md says what is known
-LATENT_ERROR = 0.5  # at the planning horizon, where 1 is no better than to predict no change
-VALUE_BIAS = 0.5  # critics' mean less the returns that came, as a part of the returns' scale
+# what runs that learn keep within, and those that do not leave: docs/when_it_does_not_learn.md
+LATENT_ERROR = 0.75  # at the planning horizon, where 1 is no better than to predict no change
+VALUE_BIAS = (-0.75, 0.5)  # critics' mean less the returns that came, as a part of the returns' scale
+NOTHING = np.zeros(0)
 
 
 @dataclass(frozen=True)
@@ -46,22 +47,32 @@ def of_world_model(latent: np.ndarray, reward: np.ndarray, constant: np.ndarray,
     )  # fmt: skip
 
 
-def of_critics(promised: np.ndarray, came: np.ndarray, whose: str = "planner") -> Sentence:
+def of_critics(
+    promised: np.ndarray, came: np.ndarray, prior_promised: np.ndarray = NOTHING, prior_came: np.ndarray = NOTHING
+) -> Sentence:
     """
-    :param promised: critics' values of actions taken, ``[n]``
+    :param promised: critics' values of the planner's actions, ``[n]``
     :param came: discounted returns from there, ``[n]``
-    :param whose: actions
+    :param prior_promised: the same of the prior's actions, which the verdict mentions where it is off, ``[m]``
+    :param prior_came: see there, ``[m]``
     :return: the sentence
     """
     if len(came) == 0:
         return Sentence("critics", None, "No episode was long enough to hold the critics against a return.")
     mean, bias = float(np.mean(came)), float(np.mean(promised - came))
-    scale = max(abs(mean), float(np.std(came)), 1e-6)
-    healthy = abs(bias) < VALUE_BIAS * scale
+    healthy = _is_near(promised, came)
     judged = "The critics can be believed" if healthy else f"The critics promise too {'much' if bias > 0 else 'little'}"
-    times = f", {np.mean(promised) / mean:.1f} × what comes" if abs(mean) > 0.1 * scale and mean > 0 else ""
-    text = f"{judged}: {np.mean(promised):.3g} on average for the {whose}'s actions where {mean:.3g} came{times}."
-    return Sentence("critics", healthy, text)
+    times = f", {np.mean(promised) / mean:.1f} × what comes" if mean > 0.1 * float(np.std(came)) and mean > 0 else ""
+    text = f"{judged}: {np.mean(promised):.3g} on average where {mean:.3g} came{times}"
+    if len(prior_came) and not _is_near(prior_promised, prior_came):
+        text += f" (for the prior's actions {np.mean(prior_promised):.3g} where {np.mean(prior_came):.3g} came)"
+    return Sentence("critics", healthy, f"{text}.")
+
+
+def _is_near(promised: np.ndarray, came: np.ndarray) -> bool:
+    """:param promised: values. :param came: returns. :return: whether the values' bias is within :data:`VALUE_BIAS`"""
+    scale = max(abs(float(np.mean(came))), float(np.std(came)), 1e-6)
+    return VALUE_BIAS[0] * scale < float(np.mean(promised - came)) < VALUE_BIAS[1] * scale
 
 
 def of_planner(planner: list[float], prior: list[float], at_bounds: float, by_policy: float) -> Sentence:
