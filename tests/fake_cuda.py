@@ -67,7 +67,7 @@ def main() -> None:
     """Prints how often something was sent by an observation, a step, an episode's close, a batch."""
     from stable_baselines3.common.running_mean_std import RunningMeanStd
 
-    from sb3_boom import buffers, policies
+    from sb3_boom import buffers, drawing, policies
     from sb3_boom.buffers import WeightedReplayBuffer
     from sb3_boom.core import losses
 
@@ -89,6 +89,7 @@ def main() -> None:
     with (
         mock.patch.object(policies, "send", door),
         mock.patch.object(buffers, "send", door),
+        mock.patch.object(drawing, "send", door),
         mock.patch.object(WeightedReplayBuffer, "_mirror_slots", mirror),
         mock.patch.object(WeightedReplayBuffer, "_storage_device", lambda self, n_bytes: cuda),
         FakeTensorMode(allow_non_fake_inputs=True),

@@ -212,7 +212,7 @@ def test_user_errors_are_one_line(run, arguments, message):
 @pytest.mark.skipif("h1hand-run-v0" in gym.registry, reason="installed")
 def test_missing_environments_are_told_how_to_install(run):
     status, _, errors = run("train", "--env", "h1hand-run-v0")
-    assert status == 1 and "docs/zoo.md" in errors
+    assert status == 1 and "docs/install.md" in errors
 
 
 def test_measures_what_a_step_costs(run, tmp_path):
