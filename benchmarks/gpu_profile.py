@@ -4,6 +4,9 @@ Where a captured plan and update spend a GPU's time, kernel by kernel, at the pa
     PYTHONPATH=. python benchmarks/gpu_profile.py
 """
 
+from sb3_boom import BOOM  # before torch, for fast products: see core/processor.py
+
+# isort: split
 import time
 from collections.abc import Callable
 
@@ -11,7 +14,6 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from torch.profiler import ProfilerActivity, profile
 
-from sb3_boom import BOOM
 from sb3_boom.benchmark.step import PROBLEMS, RandomEnv
 
 CALLS = 200

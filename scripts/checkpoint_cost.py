@@ -4,6 +4,9 @@ What a checkpoint of a full replay buffer costs, and what the next one does afte
     python scripts/checkpoint_cost.py --rows 1000000 --new 10000 --out benchmarks/results/checkpoint-cost.json
 """
 
+from sb3_boom import BOOM, checkpoint  # before torch, for fast products: see core/processor.py
+
+# isort: split
 import argparse
 import gc
 import json
@@ -17,7 +20,6 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 
-from sb3_boom import BOOM, checkpoint
 from sb3_boom.buffers import WeightedReplayBuffer
 
 

@@ -8,6 +8,9 @@ what it has found, to be compared with what the last one is known to have commit
 with those of a run that was never killed.
 """
 
+from sb3_boom import BOOM, checkpoint  # before torch, for fast products: see core/processor.py
+
+# isort: split
 import argparse
 import json
 import pathlib
@@ -23,7 +26,6 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 
-from sb3_boom import BOOM, checkpoint
 from sb3_boom.callbacks import ResumableCheckpointCallback
 
 EPISODE = 25

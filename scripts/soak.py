@@ -4,6 +4,9 @@ Train for long, and measure whether a step's time and the memory stay as they ar
     python scripts/soak.py --steps 100000 --out benchmarks/results/soak.json
 """
 
+from sb3_boom import BOOM  # before torch, for fast products: see core/processor.py
+
+# isort: split
 import argparse
 import json
 import pathlib
@@ -16,7 +19,6 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_boom import BOOM
 from sb3_boom.benchmark import rows
 from sb3_boom.callbacks import ResumableCheckpointCallback
 
