@@ -66,10 +66,10 @@ evidence: .venv/.installed
 	$(BIN)/sb3-boom benchmark report $(EVIDENCE)/dmc6.csv $(EVIDENCE)/ablation.csv --tasks $(ABLATED) --until 20000 \
 		--out $(EVIDENCE)/ablation.md
 
-# What a step costs on a GPU, and whether CUDA graphs change a number: OUT/gpu.json, in four minutes. Takes the Python that has
+# What a step costs on a GPU, and whether CUDA graphs change a number: OUT/gpu.json, in five minutes. Takes the Python that has
 # torch with CUDA, and what else the package needs, as it is
 OUT ?= logs/gpu
-GPU_SECONDS ?= 240
+GPU_SECONDS ?= 300
 gpu:
 	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py --out $(OUT) --seconds $(GPU_SECONDS)
 

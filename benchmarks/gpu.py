@@ -1,7 +1,7 @@
 """
 What a step costs on a GPU, and whether CUDA graphs change a number: `make gpu OUT=folder`.
 
-    python benchmarks/gpu.py --out folder [--seconds 240] [--parts 5M-0 5M-1]
+    python benchmarks/gpu.py --out folder [--seconds 300] [--parts 5M-0 5M-1]
 
 Every part is a process of its own, so that all compile at the same time and one failure leaves the others alone. Who has
 compiled asks to measure; the others are stopped meanwhile. `gpu.json` is written anew after each part, with what failed.
@@ -26,15 +26,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-# by importance; a size, and the environments planned for at once, 0 being an update
+# by importance; a size, one of OPTIONS, and the environments planned for at once, 0 being an update
 PARTS = [
-    "5M-0", "5M-1", "smoke-tiny", "tests", "5M-16", "5M-8", "smoke-5M",
-    "tiny-0", "tiny-1", "1M-0", "1M-1", "tiny-16", "1M-16", "tiny-8", "1M-8",
+    "5M-0", "5M-1", "5M+bf16-1", "5M+unaligned-1", "smoke-tiny", "tests", "5M-16", "5M-8", "smoke-5M",
+    "tiny-0", "tiny-1", "1M-0", "1M-1", "1M+bf16-1", "5M+bf16-16", "tiny-16", "1M-16", "tiny-8", "1M-8",
 ]  # fmt: skip
+OPTIONS = ("", "bf16", "unaligned")  # plans with bfloat16 products; without zeros behind the rows of their factors
 WITH_LOOP = ("5M-1", "tiny-1")  # whose updates another part has put into the compiler's cache
 N_FIRST_CLASS = 5  # parts that compile before the others
 DEVICE = os.environ.get("SB3_BOOM_DEVICE", "cuda")  # "cpu" to rehearse
 CALLS = 100
+IN_A_ROW = 200
 LOOP_STEPS = 300
 SMOKE_STEPS = 300
 GOALS = {"plan_ms": 2.0, "update_ms": 2.0, "plan_16_by_1": 4.0, "loop_ms": 0.5}
@@ -113,6 +115,21 @@ def milliseconds(function: Callable[[], object], n: int) -> tuple[float, float]:
     return float(done), float(launched)
 
 
+def milliseconds_in_a_row(function: Callable[[], object], n: int) -> float:
+    """
+    :param function: works on the GPU
+    :param n: times to call it without waiting, and again, when the clock has risen
+    :return: of one of them
+    """
+    for _ in range(2):
+        wait_for_gpu()
+        start = time.perf_counter()
+        for _ in range(n):
+            function()
+        wait_for_gpu()
+    return 1e3 * (time.perf_counter() - start) / n
+
+
 def state_of(policy: Any) -> list[Any]:
     """
     :param policy: the networks
@@ -156,18 +173,21 @@ def differences(model: Any, obs: Any, mean: Any, updates: bool) -> dict[str, flo
     return found
 
 
-def settings(size: str) -> dict[str, Any]:
+def settings(size: str, option: str = "") -> dict[str, Any]:
     """
     :param size: of the model
+    :param option: of :data:`OPTIONS`
     :return: BOOM's settings, "tiny" with the preset for a CPU, which a GPU may run too
     """
-    return dict(preset="cpu" if size == "tiny" else "paper", policy_kwargs=dict(model_size=size), device=DEVICE, seed=0)
+    policy_kwargs = dict(model_size=size, bf16=option == "bf16")
+    return dict(preset="cpu" if size == "tiny" else "paper", policy_kwargs=policy_kwargs, device=DEVICE, seed=0)
 
 
-def bench(part: Part, size: str, n_envs: int) -> None:
+def bench(part: Part, size: str, option: str, n_envs: int) -> None:
     """
     :param part: where to note
     :param size: of the model
+    :param option: of :data:`OPTIONS`
     :param n_envs: environments planned for at once; 0 for an update instead
     """
     import torch as th
@@ -175,9 +195,12 @@ def bench(part: Part, size: str, n_envs: int) -> None:
 
     from sb3_boom import BOOM
     from sb3_boom.benchmark.step import PROBLEMS, MatrixProducts, RandomEnv
+    from sb3_boom.core import torch_layers
 
+    if option == "unaligned":
+        torch_layers.ALIGNMENT = 1
     env = make_vec_env(lambda: RandomEnv(*PROBLEMS[size]), n_envs=max(n_envs, 1))
-    model = BOOM("MlpPolicy", env, learning_starts=1000, pretrain_steps=0, buffer_size=50_000, **settings(size))
+    model = BOOM("MlpPolicy", env, learning_starts=1000, pretrain_steps=0, buffer_size=50_000, **settings(size, option))
     model.gradient_steps = 0
     model.learn(1000)  # fills the buffer, at random
     policy = model.policy
@@ -210,6 +233,8 @@ def bench(part: Part, size: str, n_envs: int) -> None:
         with part.step(name):
             done, launched = milliseconds(work, CALLS)
             part.note(**{f"{name}_ms": done, f"{name}_launch_ms": launched})
+        with part.step("in_a_row"):
+            part.note(**{f"{name}_in_a_row_ms": milliseconds_in_a_row(work, IN_A_ROW)})
         with part.step("floor"):
             done, _ = milliseconds(products.alone(model.device), CALLS // 4)
             part.note(**{f"{name}_products_ms": done})
@@ -296,7 +321,8 @@ def run_tests(part: Part) -> None:
     """:param part: where to note"""
     command = [sys.executable, "-m", "pytest", "-q", "--tb=long", "-p", "no:cacheprovider", "tests/test_gpu.py"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    part.note(rc=done.returncode, output=done.stdout[-12_000:], errors=done.stderr[-3000:])
+    output = done.stdout.strip() if done.returncode else done.stdout.strip().rpartition("\n")[2]
+    part.note(rc=done.returncode, output=output[-12_000:], errors=done.stderr[-3000:])
 
 
 def work_on(name: str, folder: pathlib.Path) -> None:
@@ -318,7 +344,8 @@ def work_on(name: str, folder: pathlib.Path) -> None:
             elif kind == "smoke":
                 smoke(part, size)
             else:
-                bench(part, kind, int(size))
+                kind, _, option = kind.partition("+")
+                bench(part, kind, option, int(size))
         except BaseException:
             part.note(error=traceback.format_exc())
     told = {str(warning.message)[:500] for warning in caught if "BOOM" in str(warning.message)}
@@ -460,7 +487,7 @@ def main() -> None:
     """Run all parts, or one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for gpu.json")
-    parser.add_argument("--seconds", type=float, default=240.0, help="after which what is not measured is left out")
+    parser.add_argument("--seconds", type=float, default=300.0, help="after which what is not measured is left out")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -12,6 +12,7 @@ import numpy as np
 import torch as th
 from fake_cuda import register_guard
 from gymnasium import spaces
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._inductor import scheduler
 from torch._inductor.codegen.cuda_combined_scheduling import CUDACombinedScheduling
 from torch._inductor.debug import DebugContext
@@ -25,7 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from sb3_boom.core import losses, planner
+from sb3_boom.core import losses, planner, torch_layers
 from sb3_boom.core.losses import LossConfig
 from sb3_boom.policies import BOOMPolicy
 from sb3_boom.update import model_gradients, policy_gradients
@@ -90,6 +91,7 @@ def n_kernels(function, arguments, on_cpu: FakeTensorMode, on_gpu: FakeTensorMod
     with on_gpu:
         moved = [th.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="cuda") for x in (*values, *arguments)]
         module = make_fx(th.fx.Interpreter(module).run)(*moved)
+    module = th.fx.GraphModule(module, fx_graph_cse(module.graph))  # as AOTAutograd does for torch.compile
     module.graph.eliminate_dead_code()
     module.recompile()
     inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
@@ -138,6 +140,8 @@ def main() -> None:
     with (
         mock.patch("torch._inductor.utils.is_gpu", lambda device: device == "cuda"),
         mock.patch.object(hints.DeviceProperties, "create", classmethod(lambda cls, device: properties)),
+        mock.patch.object(torch_layers, "compiles_for_gpu", lambda x: True),
+        mock.patch.object(planner, "compiles_for_gpu", lambda x: True),
         mock.patch("torch.cuda.get_device_properties", lambda *args, **kwargs: Properties),
         mock.patch("torch.cuda.get_device_capability", lambda *args, **kwargs: (9, 0)),
     ):

@@ -3,7 +3,7 @@
 import torch as th
 from torch import nn
 
-from sb3_boom.core.torch_layers import EnsembleMLP
+from sb3_boom.core.torch_layers import EnsembleMLP, Members
 from sb3_boom.core.two_hot import TwoHot
 
 
@@ -26,7 +26,7 @@ class Critic(nn.Module):
         nn.init.zeros_(self.net.head.weight)  # every value starts at 0
 
     def forward(
-        self, z: th.Tensor, action: th.Tensor, members: th.Tensor | None = None, dropout_mask: th.Tensor | None = None
+        self, z: th.Tensor, action: th.Tensor, members: Members = None, dropout_mask: th.Tensor | None = None
     ) -> th.Tensor:
         """
         :param z: latents ``[..., L]``
@@ -39,7 +39,7 @@ class Critic(nn.Module):
         x = th.cat([z, action], dim=-1)
         return self.net(x.flatten(0, -2), members, dropout_mask).unflatten(1, x.shape[:-1])
 
-    def values(self, z: th.Tensor, action: th.Tensor, members: th.Tensor, dropout_mask: th.Tensor | None = None) -> th.Tensor:
+    def values(self, z: th.Tensor, action: th.Tensor, members: Members, dropout_mask: th.Tensor | None = None) -> th.Tensor:
         """
         Values of some of the critics. Gradients flow to the inputs, not to the critics.
 

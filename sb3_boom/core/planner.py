@@ -12,6 +12,7 @@ import torch as th
 
 from sb3_boom.core.actor import Actor
 from sb3_boom.core.critic import Critic, draw_pairs
+from sb3_boom.core.torch_layers import Members, compiles_for_gpu, separate_draws
 from sb3_boom.core.world_model import WorldModel
 
 PLANNERS = ("mppi", "cem")
@@ -232,7 +233,7 @@ def trajectory_values(
     z: th.Tensor,
     actions: th.Tensor,
     terminal_noise: th.Tensor,
-    critic_pair: th.Tensor,
+    critic_pair: Members,
     terminations_seen: th.Tensor,
 ) -> th.Tensor:
     """
@@ -277,6 +278,18 @@ def trajectory_values(
     return th.where(th.isfinite(value), value, -th.inf)
 
 
+def best(values: th.Tensor, n: int) -> tuple[th.Tensor, th.Tensor]:
+    """
+    :param values: ``[E, N]``
+    :param n: how many of each row
+    :return: the highest values and their places, the highest first, ``[E, n]``
+    """
+    if compiles_for_gpu(values):  # one kernel, where to select and then to sort are two
+        ordered, places = values.sort(dim=1, descending=True)
+        return ordered[:, :n], places[:, :n]
+    return values.topk(n, dim=1)
+
+
 def refine(*arguments: Any) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
     """
     :func:`search`, of whose elites what the next iteration and the choice of an action need.
@@ -300,7 +313,7 @@ def search(
     std: th.Tensor,
     candidate_noise: th.Tensor,
     terminal_noise: th.Tensor,
-    critic_pair: th.Tensor,
+    critic_pair: Members,
     terminations_seen: th.Tensor,
 ) -> tuple[th.Tensor, th.Tensor, Elites]:
     """
@@ -323,16 +336,16 @@ def search(
     sampled = (mean.unsqueeze(2) + std.unsqueeze(2) * candidate_noise).clamp(-1.0, 1.0)
     actions = th.cat([policy_actions, sampled], dim=2)
     values = trajectory_values(world_model, actor, critic, config, z, actions, terminal_noise, critic_pair, terminations_seen)
-    elite_values, elite_index = values.topk(config.n_elites, dim=1)
+    elite_values, elite_index = best(values, config.n_elites)
     horizon, n_envs, _, action_dim = actions.shape
     elites = actions.gather(2, elite_index[None, :, :, None].expand(horizon, n_envs, -1, action_dim))
 
-    best = elite_values[:, :1]
+    heaviest = elite_values[:, :1]
     if config.uniform_elites:
         weights = th.isfinite(elite_values).float()
     else:
-        weights = th.exp(config.temperature * (elite_values - best))
-    weights = th.where(th.isfinite(best), weights, th.nan)  # no finite value at all: let the caller see it
+        weights = th.exp(config.temperature * (elite_values - heaviest))
+    weights = th.where(th.isfinite(heaviest), weights, th.nan)  # no finite value at all: let the caller see it
     weights = weights / weights.sum(dim=1, keepdim=True)
     w = weights[None, :, :, None]
     mean = (w * elites).sum(dim=2)
@@ -427,10 +440,11 @@ def plan(
     """
     policy_actions = policy_trajectories(world_model, actor, z, noise.policy)
     mean, std = first_distribution(config, previous_mean)
+    pairs = separate_draws(noise.critic_pairs)
     for i in range(config.n_iterations):
         arguments = (
             world_model, actor, critic, config, z, policy_actions, mean, std,
-            noise.candidates[i], noise.terminal[i], noise.critic_pairs[i], terminations_seen,
+            noise.candidates[i], noise.terminal[i], pairs[i], terminations_seen,
         )  # fmt: skip
         if i + 1 < config.n_iterations:
             mean, std, *_ = refine(*arguments)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch as th
 from torch import nn
@@ -10,6 +11,50 @@ from torch.nn import functional as F
 from sb3_boom.core import kernels
 
 INIT_STD = 0.02
+ALIGNMENT = 8  # a GPU's tensor cores want rows of 16 bytes: 4 float32, or 8 bfloat16
+
+
+class Draw(NamedTuple):
+    """
+    Some members of an ensemble, one draw among several: what compiles for a GPU gathers the parameters of all at once.
+
+    :param draws: int64, the members of every draw, ``[I, m]``
+    :param number: of the draw, from 0
+    """
+
+    draws: th.Tensor
+    number: int
+
+
+def separate_draws(draws: th.Tensor) -> Sequence[th.Tensor | Draw]:
+    """
+    :param draws: int64, the members of every draw, ``[I, m]``
+    :return: the draws one by one, to be given to an ensemble as its ``members``
+    """
+    if compiles_for_gpu(draws):
+        return [Draw(draws, i) for i in range(len(draws))]
+    return draws.unbind(0)
+
+
+def compiles_for_gpu(x: th.Tensor) -> bool:
+    """
+    :param x: an input
+    :return: whether what is done with it is being compiled for a GPU, where to prepare a product's factors costs little
+    """
+    return x.device.type == "cuda" and th.compiler.is_compiling()
+
+
+def aligned(x: th.Tensor) -> th.Tensor:
+    """
+    A factor of a matrix product, with zeros behind its rows where they'd not be of a length that a GPU multiplies at full
+    speed. Only where it is compiled, and so written with whatever is written anyway, and without gradients: to cut these to
+    size again takes as long as is saved.
+
+    :param x: ``[..., in_features]``, the inputs or the weights
+    :return: the same, or with longer rows
+    """
+    missing = -x.shape[-1] % ALIGNMENT
+    return F.pad(x, (0, missing)) if missing and compiles_for_gpu(x) and not th.is_grad_enabled() else x
 
 
 def mish(x: th.Tensor) -> th.Tensor:
@@ -57,6 +102,17 @@ class SimNorm(nn.Module):
         return x.unflatten(-1, (-1, self.group_size)).softmax(dim=-1).flatten(-2)
 
 
+class AlignedLinear(nn.Linear):
+    """torch's linear layer, with :func:`aligned` factors."""
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: ``[..., in_features]``
+        :return: ``[..., out_features]``
+        """
+        return F.linear(aligned(x), aligned(self.weight), self.bias)
+
+
 class NormedLinear(nn.Module):
     """
     Linear, LayerNorm, activation.
@@ -68,7 +124,7 @@ class NormedLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, activation: nn.Module) -> None:
         super().__init__()
-        self.linear = nn.Linear(in_features, out_features)
+        self.linear = AlignedLinear(in_features, out_features)
         self.norm = nn.LayerNorm(out_features)
         self.activation = activation
         init_linear(self.linear)
@@ -96,7 +152,7 @@ class MLP(nn.Sequential):
         if not (kernels.usable(x) and self._is_what_the_kernel_does()):
             return super().forward(x)
         normed = [layer for layer in self if isinstance(layer, NormedLinear)]
-        linear = [layer.linear for layer in normed]
+        linear: list[nn.Linear] = [layer.linear for layer in normed]
         if isinstance(self[-1], nn.Linear):
             linear.append(self[-1])
         layers = kernels.Layers(
@@ -117,6 +173,22 @@ class MLP(nn.Sequential):
         )
 
 
+Members: TypeAlias = th.Tensor | Draw | None
+
+
+def chosen(parameter: th.Tensor, members: Members) -> th.Tensor:
+    """
+    :param parameter: of an ensemble, ``[n, ...]``
+    :param members: ``[m]`` int64, which to take, **as constants**. None: all, with gradients
+    :return: ``[n or m, ...]``
+    """
+    if members is None:
+        return parameter
+    if isinstance(members, Draw):
+        return parameter.detach()[members.draws][members.number]
+    return parameter.detach()[members]
+
+
 class EnsembleLinear(nn.Module):
     """
     One linear layer per ensemble member, as a single batched matrix product.
@@ -132,20 +204,19 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(th.zeros(n_members, out_features))
         nn.init.normal_(self.weight, std=INIT_STD)
 
-    def forward(self, x: th.Tensor, members: th.Tensor | None = None) -> th.Tensor:
+    def forward(self, x: th.Tensor, members: Members = None) -> th.Tensor:
         """
         :param x: ``[M, in_features]``, shared by all members, or ``[n or m, M, in_features]``
         :param members: ``[m]`` int64, the members to compute, **as constants**: their weights get no gradient.
             Default: all, with gradients.
         :return: ``[n or m, M, out_features]``
         """
-        weight: th.Tensor = self.weight
-        bias: th.Tensor = self.bias
-        if members is not None:
-            weight, bias = weight.detach()[members], bias.detach()[members]
+        x, weight, bias = aligned(x), chosen(aligned(self.weight), members), chosen(self.bias, members)
         if x.ndim == 2:
             # one large matrix product for all members, instead of one small one each
             return F.linear(x, weight.flatten(0, 1), bias.flatten()).unflatten(1, bias.shape).transpose(0, 1)
+        if compiles_for_gpu(x):
+            return th.bmm(x, weight.transpose(1, 2)) + bias.unsqueeze(1)  # else the bias is written out first, for every row
         return th.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
 
 
@@ -164,7 +235,7 @@ class EnsembleNormedLinear(nn.Module):
         self.norm_weight = nn.Parameter(th.ones(n_members, out_features))
         self.norm_bias = nn.Parameter(th.zeros(n_members, out_features))
 
-    def forward(self, x: th.Tensor, members: th.Tensor | None = None, dropout_mask: th.Tensor | None = None) -> th.Tensor:
+    def forward(self, x: th.Tensor, members: Members = None, dropout_mask: th.Tensor | None = None) -> th.Tensor:
         """
         :param x: ``[M, in_features]`` or ``[n or m, M, in_features]``
         :param members: see :meth:`EnsembleLinear.forward`
@@ -172,10 +243,7 @@ class EnsembleNormedLinear(nn.Module):
             numbers inside a compiled CPU kernel are drawn one by one. Default None: no dropout
         :return: ``[n or m, M, out_features]``
         """
-        weight: th.Tensor = self.norm_weight
-        shift: th.Tensor = self.norm_bias
-        if members is not None:
-            weight, shift = weight.detach()[members], shift.detach()[members]
+        weight, shift = chosen(self.norm_weight, members), chosen(self.norm_bias, members)
         h = self.linear(x, members)
         if dropout_mask is not None:
             # the factor 1 / (1 - p) on what is kept would vanish in the LayerNorm
@@ -199,14 +267,14 @@ class EnsembleMLP(nn.Module):
         self.second = EnsembleNormedLinear(n_members, hidden, hidden)
         self.head = EnsembleLinear(n_members, hidden, out_features)
 
-    def forward(self, x: th.Tensor, members: th.Tensor | None = None, dropout_mask: th.Tensor | None = None) -> th.Tensor:
+    def forward(self, x: th.Tensor, members: Members = None, dropout_mask: th.Tensor | None = None) -> th.Tensor:
         """
         :param x: ``[M, in_features]``
         :param members: see :meth:`EnsembleLinear.forward`
         :param dropout_mask: see :meth:`EnsembleNormedLinear.forward`
         :return: ``[n or m, M, out_features]``
         """
-        if not kernels.usable(x):
+        if isinstance(members, Draw) or not kernels.usable(x):
             return self.head(self.second(self.first(x, members, dropout_mask), members), members)
         normed = (self.first, self.second)
         linear = (self.first.linear, self.second.linear, self.head)
