@@ -136,10 +136,12 @@ def record(arguments: list[str]) -> None:
     """
     :param arguments: of rl_zoo3's ``record_video``
     """
+    from sb3_boom import video
+
     _rl_zoo3(arguments)
     sys.argv[1:] = ["--algo", "boom", "-f", "logs", *arguments]
     try:
-        runpy.run_module("rl_zoo3.record_video", run_name="__main__")
+        video.record(functools.partial(runpy.run_module, "rl_zoo3.record_video", run_name="__main__"))
     except Exception as error:
         if (package := missing_gl_package(f"{type(error).__name__}: {error}")) is not None:
             raise ImportError(

@@ -32,7 +32,7 @@ ROOMS = [
     "zoo",
     "benchmark",
     "cluster",
-    ("experiment", "tuning"),
+    ("experiment", "tuning", "video"),
     "cli",
     "__main__",
 ]

@@ -13,10 +13,10 @@ import pytest
 import torch as th
 import yaml
 from conftest import TINY
-from rl_zoo3.utils import get_wrapper_class
+from rl_zoo3.utils import ALGOS, get_wrapper_class
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_boom import BOOM, cli, zoo
+from sb3_boom import BOOM, cli, video, zoo
 from sb3_boom.benchmark import step
 from sb3_boom.core.compilation import eager
 
@@ -106,8 +106,10 @@ def test_trains_enjoys_records_plots_and_continues(run, monkeypatch):
     assert (folder / "replay_buffer.pkl").exists() and list(pathlib.Path("tb").rglob("events*"))
     status, output, _ = run("enjoy", "--env", "Pendulum-v1", "--no-render", "-n", "200")
     assert status == 0 and "Mean reward" in output
+    promises = []
+    monkeypatch.setattr(video.PlanPanel, "planned", lambda self, plan: promises.append(float(plan.value[0])))
     status, output, _ = run("record", "--env", "Pendulum-v1", "-n", "3")
-    assert status == 0 and list(folder.rglob("*.mp4"))
+    assert status == 0 and list(folder.rglob("*.mp4")) and len(promises) == 3 and ALGOS["boom"] is BOOM
     status, output, _ = run(
         "train", "--env", "Pendulum-v1", "--cpu", "-n", "20", "--eval-freq", "-1", "-i", f"{folder}/Pendulum-v1.zip", *QUICK
     )
