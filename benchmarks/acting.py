@@ -1,8 +1,10 @@
 """
 How to act deterministically, on the models of a benchmark's grid: by the heaviest elite, which is `deterministic=True`, by a
-random elite, as the paper evaluates, or by the mean of the planner's last distribution (`make evidence-acting`).
+random elite, as the paper evaluates, by the mean of the planner's last distribution, or by the policy prior
+(`make evidence-acting`). With `--planner` the planner has other settings than those it learned with.
 
-    python benchmarks/acting.py --tasks Hopper-v5 --variants forward_kl --folder logs/evidence/settings --csv acting.csv
+    python benchmarks/acting.py --tasks Hopper-v5 --variants forward_kl --folder logs/evidence/settings --csv acting.csv \
+        --planner max_std=0.2
 
 Rows that the CSV has already are not made again.
 """
@@ -12,16 +14,18 @@ from sb3_boom import BOOM, checkpoint, zoo  # before torch, for fast products: s
 # isort: split
 import argparse
 import csv
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch as th
+import yaml
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_boom.benchmark.runner import checkpoint_folder, run_folder
 
-COLUMNS = ("task", "variant", "seed", "agent_steps", "acting", "episodes", "mean", "std")
+COLUMNS = ("task", "variant", "seed", "agent_steps", "acting", "planner", "episodes", "mean", "std")
 
 
 class LastMean:
@@ -50,14 +54,18 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, required=True, help="where rows are appended")
     parser.add_argument("--episodes", type=int, default=30)
     parser.add_argument(
+        "--planner", nargs="*", default=[], metavar="NAME=NUMBER", help="of planner_kwargs, instead of the model's"
+    )
+    parser.add_argument(
         "--conf-file", type=Path, default=zoo.hyperparams_file(cpu=True), help="hyperparameter file of the grid"
     )
     args = parser.parse_args()
     zoo.register()
+    changed = {name: yaml.safe_load(number) for name, number in (setting.split("=") for setting in args.planner)}
     done = set()
     if args.csv.exists():
         with args.csv.open(newline="") as file:
-            done = {tuple(row[name] for name in COLUMNS[:5]) for row in csv.DictReader(file)}
+            done = {tuple(row[name] for name in COLUMNS[:6]) for row in csv.DictReader(file)}
     else:
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         args.csv.write_text(",".join(COLUMNS) + "\n")
@@ -66,13 +74,15 @@ def main() -> None:
             for seed in args.seeds:
                 run = run_folder(args.folder, task, variant, seed)
                 model = BOOM.load(checkpoint.newest_whole(checkpoint_folder(run)).path / "model.zip")
+                model.policy.planner_config = dataclasses.replace(model.policy.planner_config, **changed)
                 ways: dict[str, tuple[Any, bool]] = {
                     "heaviest elite": (model, True),
                     "random elite": (model, False),
                     "last mean": (LastMean(model), True),
+                    **({} if changed else {"policy prior": (model.prior, True)}),
                 }
                 for acting, (actor, deterministic) in ways.items():
-                    key = (task, variant, str(seed), str(model.num_timesteps), acting)
+                    key = (task, variant, str(seed), str(model.num_timesteps), acting, " ".join(args.planner))
                     if key in done:
                         continue
                     th.manual_seed(seed)

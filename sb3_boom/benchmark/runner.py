@@ -54,7 +54,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "coef_1": {"align_coef": 1.0},
     "max_std_0.3": {"planner_kwargs": {"max_std": 0.3}},
     "max_std_0.5": {"planner_kwargs": {"max_std": 0.5}},
-    "half_by_policy": {"planner_kwargs": {"n_policy_samples": 64}},
     "coef_1_max_std_0.5": {"align_coef": 1.0, "planner_kwargs": {"max_std": 0.5}},
     "min_value": {"planner_kwargs": {"horizon_value": "min"}},
     "mean_value": {"planner_kwargs": {"horizon_value": "mean"}},
