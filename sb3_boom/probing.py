@@ -4,6 +4,7 @@ import contextlib
 import random
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -71,14 +72,26 @@ def own_randomness(device: th.device, seed: int) -> Iterator[None]:
             random.setstate(of_python)
 
 
+_seeded: weakref.WeakSet[VecEnv] = weakref.WeakSet()
+_unseedable: weakref.WeakSet[VecEnv] = weakref.WeakSet()
+
+
 def seed_or_warn(env: VecEnv, seed: int) -> None:
     """
-    :param env: to seed from its next reset on
+    :param env: to seed from its next reset on. The first time it is reset once, since only then does it look at its seed
     :param seed: of the first environment
     """
+    if env in _unseedable:
+        return
     try:
         env.seed(seed)
+        if env not in _seeded:
+            env.reset()
+            env.seed(seed)
+        _seeded.add(env)
     except Exception as error:
+        env._reset_seeds()
+        _unseedable.add(env)
         warnings.warn(
             f"the environment can't be seeded ({error}): episodes differ from one evaluation to the next", stacklevel=2
         )

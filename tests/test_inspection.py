@@ -44,6 +44,21 @@ def test_a_figure_that_fails_is_noted_and_the_others_are_made(model, monkeypatch
     assert any("Calibration: division by zero" in note for note in found.notes)
 
 
+class Unseedable(gym.Wrapper):
+    """As some robots' environments."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            raise NotImplementedError("the real world has no seed")
+        return self.env.reset(options=options)
+
+
+def test_an_environment_that_cannot_be_seeded_is_named_and_the_page_made(model):
+    with pytest.warns(UserWarning, match="can't be seeded .the real world has no seed"):
+        found = model.inspect(Unseedable(short_pendulum()), n_episodes=1)
+    assert len(found.figures) == 6
+
+
 def test_environments_are_normalised_as_the_models_own():
     env = VecNormalize(make_vec_env(short_pendulum))
     found = BOOM("MlpPolicy", env, **TINY).learn(30).inspect(short_pendulum(), n_episodes=1)
