@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sb3_boom.core import planner
+from sb3_boom import BOOM
+from sb3_boom.core import planner, torch_layers
 from sb3_boom.core.actor import Actor
 from sb3_boom.core.critic import Critic, draw_pairs
 from sb3_boom.core.planner import PlannerConfig, PlannerNoise
@@ -302,3 +303,20 @@ def test_noise_is_reproducible_and_pairs_are_distinct_and_uniform():
 def test_impossible_settings_are_value_errors(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         replace(CONFIG, **bad)
+
+
+def test_what_is_prepared_for_a_gpu_makes_the_same_plan(monkeypatch):
+    """Rows filled up with zeros, critics gathered at once, biases added last, and one sort, here without a GPU."""
+    policy = BOOM("MlpPolicy", "Pendulum-v1", seed=0, policy_kwargs=dict(model_size="tiny", compile=False)).policy
+    for parameter in policy.critic.parameters():  # biases and heads start at 0
+        nn.init.normal_(parameter, std=0.3)
+    obs = th.randn(2, 3, generator=th.Generator().manual_seed(0))
+    plain = policy.plan(obs, policy.initial_mean(2), deterministic=True)
+    prepared = []
+    for module in (torch_layers, planner):
+        monkeypatch.setattr(module, "compiles_for_gpu", lambda x: prepared.append(x.shape) or True)
+    assert (policy.action_dim + policy.latent_dim) % torch_layers.ALIGNMENT != 0
+    of_gpu = policy.plan(obs, policy.initial_mean(2), deterministic=True)
+    assert prepared
+    for ours, theirs in zip(of_gpu, plain, strict=True):
+        assert th.allclose(ours, theirs, atol=1e-4, equal_nan=True)
