@@ -58,6 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "min_value": {"planner_kwargs": {"horizon_value": "min"}},
     "mean_value": {"planner_kwargs": {"horizon_value": "mean"}},
     "two_updates": {"gradient_steps": 2},
+    "gamma_0.99": {"gamma": 0.99},
 }
 
 
