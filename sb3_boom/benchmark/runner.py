@@ -59,6 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mean_value": {"planner_kwargs": {"horizon_value": "mean"}},
     "two_updates": {"gradient_steps": 2},
     "gamma_0.99": {"gamma": 0.99},
+    "tau_0.01": {"tau": 0.01},
 }
 
 
