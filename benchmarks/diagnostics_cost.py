@@ -3,11 +3,14 @@ What logging costs: plans and updates with all that is logged of them, and witho
 
     python benchmarks/diagnostics_cost.py --sizes tiny 5M --out benchmarks/results/diagnostics-cost.json
 
-Without it, the compiled graphs leave out what only a log needs. ``plan_ratio`` and ``update_ratio`` are the medians of the time
-with, divided by the time without in the same turn, and their standard errors by bootstrap. ``row_ms`` is what
+Without it, the compiled graphs leave out what only a log needs. ``plan_ratio`` and ``update_ratio`` are the medians of the
+time with, divided by the time without in the same turn, with their standard errors by bootstrap. ``row_ms`` is what
 :func:`sb3_boom.diagnostics.of_newest` takes, once for every row logged.
 """
 
+from sb3_boom import update  # before torch, for fast products: see core/processor.py
+
+# isort: split
 import argparse
 import contextlib
 import json
@@ -17,10 +20,8 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import sb3_boom  # noqa: F401  tells MKL about the processor, before torch is loaded
 import torch as th
 
-from sb3_boom import update
 from sb3_boom.benchmark.step import PROBLEMS, make_model, processor, seconds
 from sb3_boom.core import planner
 from sb3_boom.core.compilation import keep_freed_memory, subnormals_flushed

@@ -5,7 +5,6 @@ import dataclasses
 import importlib
 import inspect
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -37,13 +36,12 @@ from sb3_boom.checks import (
     warn_if_never_aligned,
     worker_deaths_named,
 )
-from sb3_boom.core import losses, processor
+from sb3_boom.core import losses
 from sb3_boom.core.actor import Actor
 from sb3_boom.core.compilation import allow_tf32, compiled, keep_freed_memory, subnormals_flushed
 from sb3_boom.core.critic import Critic
 from sb3_boom.core.losses import LossConfig
 from sb3_boom.core.optimizers import set_learning_rates
-from sb3_boom.core.planner import statistic_names
 from sb3_boom.diagnostics import of_newest
 from sb3_boom.foresight import FreshTerminations, PlanOptimism
 from sb3_boom.guards import (
@@ -57,7 +55,7 @@ from sb3_boom.meters import Meters
 from sb3_boom.policies import BOOMPolicy, CnnPolicy, MlpPolicy, MultiInputPolicy, finite_actions
 from sb3_boom.presets import model_size, resolve_auto
 from sb3_boom.prior import PolicyPrior
-from sb3_boom.progress import Pace, PretrainingStopped, duration, leaves, show_pretraining
+from sb3_boom.progress import Pace, PretrainingStopped, leaves, pace_line, show_pretraining, warn_if_slow
 from sb3_boom.saving import SavedAlgorithm
 from sb3_boom.update import update
 from sb3_boom.waits import WORKER_TIMEOUT, bounded_waits, evaluation_watched
@@ -66,7 +64,6 @@ SelfBOOM = TypeVar("SelfBOOM", bound="BOOM")
 
 PRETRAIN_CHUNK = 100  # updates between two rows of progress
 UPDATES_PER_WAIT = 32  # on a GPU, whose losses are read that often
-SLOW_ON_CPU = 4_000_000  # parameters
 
 
 class BOOM(SavedAlgorithm):
@@ -576,39 +573,17 @@ class BOOM(SavedAlgorithm):
             self._planned = None
             scaled = self.policy.from_action_space(np.array([self.action_space.sample() for _ in range(n_envs)]))
         else:
-            self._tell_pace(self.pace.step())
+            if (seconds := self.pace.step()) is not None:
+                if self.verbose >= 1:
+                    left = max(self._total_timesteps - self.num_timesteps, 0)
+                    print(pace_line(self.policy, self.preset, self.batch_size, seconds, left, self.n_envs))
+                warn_if_slow(self.policy, seconds, self.warned)
             with self.meters.timing("plan", 1, self.device):
                 scaled = self._plan(n_envs)
         self._catch_up()
         if action_noise is not None:
             scaled = np.clip(scaled + np.asarray(action_noise()).reshape(-1, scaled.shape[1]), -1.0, 1.0)
         return self.policy.to_action_space(scaled), scaled
-
-    def _tell_pace(self, seconds: float | None) -> None:
-        """
-        Say what was chosen, and how long learning will take; warn if that is long for want of a GPU.
-
-        :param seconds: a step's, or None while it is not known
-        """
-        if seconds is None:
-            return
-        if self.verbose >= 1:
-            steps, planner = max(self._total_timesteps - self.num_timesteps, 0), self.policy.planner_config
-            print(
-                f'preset "{self.preset}" on {self.device}: model "{self.policy.model_size}", {planner.n_samples} samples '
-                f"x {planner.n_iterations} iterations a plan, batches of {self.batch_size}. A step takes "
-                f"{1000.0 * seconds:.0f} ms, the remaining {steps:,} steps about {duration(seconds * steps / self.n_envs)}"
-            )
-            if self.device.type == "cpu" and (reason := processor.why_slow()):
-                print(reason)
-        n_parameters = sum(parameter.numel() for parameter in self.policy.parameters())
-        if self.device.type == "cpu" and n_parameters >= SLOW_ON_CPU and "slow" not in self.warned:
-            self.warned.add("slow")
-            warnings.warn(
-                f"one step of this model takes about {1000.0 * seconds:.0f} ms on this CPU. "
-                'preset="cpu", whose model_size is "tiny", takes a fraction of it.',
-                stacklevel=2,
-            )
 
     def _plan(self, n_envs: int) -> np.ndarray:
         """
@@ -692,10 +667,8 @@ class BOOM(SavedAlgorithm):
         self._record_losses()
         for name, value in self.fresh_terminations.take_scores().items():
             self.logger.record(f"train/{name}", value)
-        names = statistic_names(self.policy.planner_config.horizon)
-        for name, value in zip(names, self.meters.take_plans(), strict=False):
-            if np.isfinite(value):  # no distance to a policy that makes none of the plan's samples
-                self.logger.record(f"planner/{name}", value)
+        for name, value in self.meters.take_plans(self.policy.planner_config.horizon).items():
+            self.logger.record(f"planner/{name}", value)
         if self._n_updates > 0:
             measured = of_newest(self.policy, self.replay_buffer, self._vec_normalize_env, self.gamma)
             for name, value in measured.items():

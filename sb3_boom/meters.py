@@ -1,6 +1,7 @@
 """What is measured between two logs."""
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_boom.core.graphs import WARM_UP_CALLS
+from sb3_boom.core.planner import statistic_names
 
 
 class Meters:
@@ -68,17 +70,20 @@ class Meters:
         sums = th.nn.functional.pad(statistics, (0, 1), value=1.0).sum(dim=0)
         self._plans = sums if self._plans is None else self._plans.to(sums.device).add_(sums)
 
-    def take_plans(self) -> list[float]:
+    def take_plans(self, horizon: int) -> dict[str, float]:
         """
         Waits for the device.
 
-        :return: means of the plans' statistics since the last call, ``S`` of them; empty if nothing was planned
+        :param horizon: of the plans, ``H``
+        :return: means of the plans' statistics since the last call, by :func:`~sb3_boom.core.planner.statistic_names`; what
+            has none is left out, such as the distance to a policy that makes none of a plan's samples
         """
         if self._plans is None:
-            return []
+            return {}
         *sums, count = self._plans.tolist()
         self._plans = None
-        return [total / count for total in sums]
+        means = zip(statistic_names(horizon), (total / count for total in sums), strict=True)
+        return {name: mean for name, mean in means if math.isfinite(mean)}
 
     @contextlib.contextmanager
     def timing(self, name: str, count: int, device: th.device) -> Iterator[None]:

@@ -1,9 +1,15 @@
 """What a user sees while a model learns, beside the log of losses and returns."""
 
 import time
+import warnings
 from collections.abc import Iterator
 
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+
+from sb3_boom.core.processor import why_slow
+from sb3_boom.policies import BOOMPolicy
+
+SLOW_ON_CPU = 4_000_000  # parameters
 
 
 class PretrainingStopped(Exception):
@@ -44,6 +50,46 @@ def duration(seconds: float) -> str:
     if seconds < 90.0:
         return f"{seconds:.0f} s"
     return f"{seconds / 60.0:.0f} min" if seconds < 5400.0 else f"{seconds / 3600.0:.1f} h"
+
+
+def pace_line(policy: BOOMPolicy, preset: str, batch_size: int, seconds: float, steps: int, n_envs: int) -> str:
+    """
+    Say what was chosen, and how long learning will take.
+
+    :param policy: that learns
+    :param preset: that was chosen
+    :param batch_size: sub-trajectories per update
+    :param seconds: that a step of all environments takes
+    :param steps: remaining ones, counted by environment
+    :param n_envs: number of environments
+    :return: a line, and another where products are slower than the processor
+    """
+    planner = policy.planner_config
+    line = (
+        f'preset "{preset}" on {policy.device}: model "{policy.model_size}", {planner.n_samples} samples '
+        f"x {planner.n_iterations} iterations a plan, batches of {batch_size}. A step takes "
+        f"{1000.0 * seconds:.0f} ms, the remaining {steps:,} steps about {duration(seconds * steps / n_envs)}"
+    )
+    reason = why_slow() if policy.device.type == "cpu" else None
+    return f"{line}\n{reason}" if reason else line
+
+
+def warn_if_slow(policy: BOOMPolicy, seconds: float, warned: set[str]) -> None:
+    """
+    Warn once if a step is long for want of a GPU.
+
+    :param policy: that learns
+    :param seconds: that a step takes
+    :param warned: what a warning has told of; "slow" is added
+    """
+    n_parameters = sum(parameter.numel() for parameter in policy.parameters())
+    if policy.device.type == "cpu" and n_parameters >= SLOW_ON_CPU and "slow" not in warned:
+        warned.add("slow")
+        warnings.warn(
+            f"one step of this model takes about {1000.0 * seconds:.0f} ms on this CPU. "
+            'preset="cpu", whose model_size is "tiny", takes a fraction of it.',
+            stacklevel=3,
+        )
 
 
 def show_pretraining(callback: BaseCallback | None, done: int, n_updates: int, seconds: float) -> None:

@@ -103,7 +103,7 @@ def test_one_line_says_what_was_chosen_and_how_long_it_takes(capsys):
 
 
 def test_a_large_model_on_a_cpu_is_warned_about_with_its_cost(monkeypatch):
-    monkeypatch.setattr("sb3_boom.boom.SLOW_ON_CPU", 100)
+    monkeypatch.setattr("sb3_boom.progress.SLOW_ON_CPU", 100)
     model = BOOM("MlpPolicy", short_pendulum(), **SHORT)
     with pytest.warns(UserWarning, match=r'about \d+ ms on this CPU. preset="cpu"') as record:
         model.learn(60)

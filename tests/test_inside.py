@@ -79,13 +79,15 @@ def test_a_planner_without_samples_of_the_policy_has_no_distance_to_it(tmp_path)
 
 
 def test_means_of_plans_are_over_all_since_the_last_row_and_come_back():
+    names = planner.statistic_names(2)
+    ones = th.ones(1, len(names))
     meters = Meters()
-    meters.add_plans(th.tensor([[1.0, 10.0], [3.0, 30.0]]))
-    meters.add_plans(th.tensor([[5.0, 50.0]]))
+    meters.add_plans(th.cat([ones, 3.0 * ones]))
+    meters.add_plans(5.0 * ones)
     other = Meters()
     other.set_state(meters.state())
-    assert meters.take_plans() == other.take_plans() == [3.0, 30.0]
-    assert meters.take_plans() == []
+    assert meters.take_plans(2) == other.take_plans(2) == dict.fromkeys(names, 3.0)
+    assert meters.take_plans(2) == {}
 
 
 def test_environments_are_timed_without_a_trace(monkeypatch):
