@@ -291,6 +291,8 @@ def main() -> None:
             return
         if traceback:
             raise
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in ("rl_zoo3", "optuna"):
+            fail(f'{command} needs rl_zoo3: pip install "sb3_boom[zoo]"', status=1)
         hint = f" (sb3-boom --traceback {command} ... shows where)" if isinstance(error, OTHER_ERRORS) else ""
         fail(f"{type(error).__name__}: {error}", status=1, hint=hint)
 

@@ -65,10 +65,11 @@ def pace_line(policy: BOOMPolicy, preset: str, batch_size: int, seconds: float, 
     :return: a line, and another where products are slower than the processor
     """
     planner = policy.planner_config
+    of_all = f" of all {n_envs} environments" if n_envs > 1 else ""
     line = (
         f'preset "{preset}" on {policy.device}: model "{policy.model_size}", {planner.n_samples} samples '
-        f"x {planner.n_iterations} iterations a plan, batches of {batch_size}. A step takes "
-        f"{1000.0 * seconds:.0f} ms, the remaining {steps:,} steps about {duration(seconds * steps / n_envs)}"
+        f"x {planner.n_iterations} iterations a plan, batches of {batch_size}. A step{of_all} takes "
+        f"{1000.0 * seconds:.0f} ms, the remaining {steps:,} timesteps about {duration(seconds * steps / n_envs)}"
     )
     reason = why_slow() if policy.device.type == "cpu" else None
     return f"{line}\n{reason}" if reason else line

@@ -4,6 +4,7 @@ import importlib
 import io
 import os
 import pathlib
+import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -76,6 +77,10 @@ class SavedAlgorithm(OffPolicyAlgorithm):
 
         :param path: Path to the file where the replay buffer should be saved.
         """
+        if self.num_timesteps > 0 and (self.replay_buffer is None or self.replay_buffer.size() == 0):
+            warnings.warn(
+                "the replay buffer to save is empty, as a loaded model's is: save it from the model that learned", stacklevel=2
+            )
         if isinstance(path, (str, pathlib.Path)):
             save_pickle(_pickle_path(path), self.replay_buffer)
         else:

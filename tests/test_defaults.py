@@ -99,7 +99,7 @@ def test_one_line_says_what_was_chosen_and_how_long_it_takes(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "A step takes" in line]
     assert len(lines) == 1
     assert 'preset "cpu" on cpu: model "tiny", 32 samples x 2 iterations a plan, batches of 16' in lines[0]
-    assert "the remaining 55 steps about" in lines[0]
+    assert "the remaining 55 timesteps about" in lines[0]
 
 
 def test_a_large_model_on_a_cpu_is_warned_about_with_its_cost(monkeypatch):

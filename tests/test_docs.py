@@ -116,6 +116,17 @@ def test_examples_run(page, small_scale, monkeypatch):
             exec(compile(small(code), page, "exec"), names)
 
 
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
+def test_pages_import_the_package_before_torch(page):
+    """For fast products on AMD processors: see core/processor.py."""
+    imported = re.findall(
+        r"^(?:from|import) (sb3_boom|torch|stable_baselines3)\b",
+        "".join(code for *_, code in EXAMPLE.findall(PAGES[page])),
+        re.M,
+    )
+    assert "sb3_boom" not in imported or imported[0] == "sb3_boom"
+
+
 def small(code: str) -> str:
     """:param code: of an example, whose numbers are a user's"""
     code = code.replace("Pendulum-v1", "Short-v1").replace("range(200)", "range(3)")

@@ -102,6 +102,13 @@ def test_loaded_without_its_buffer_a_model_plans_but_waits_for_data(model, sampl
     assert loaded._n_updates == done + (21 if sampling == "uniform" else 11)  # the first episode ends at step 30
 
 
+def test_saving_the_empty_buffer_of_a_loaded_model_warns(model, tmp_path):
+    model.save(tmp_path / "model")
+    loaded = BOOM.load(tmp_path / "model", env=model.get_env())
+    with pytest.warns(UserWarning, match="save it from the model that learned"):
+        loaded.save_replay_buffer(tmp_path / "buffer")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"), [(dict(n_envs=2), "n_envs=2"), (dict(env_id="InvertedPendulum-v5"), "observation_space")]
 )

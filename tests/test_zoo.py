@@ -217,6 +217,13 @@ def test_missing_environments_are_told_how_to_install(run):
     assert status == 1 and "docs/install.md" in errors
 
 
+def test_a_missing_rl_zoo3_is_told_how_to_install(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rl_zoo3.train", None)
+    monkeypatch.setitem(sys.modules, "rl_zoo3", None)
+    status, _, errors = run("train", "--env", "Pendulum-v1")
+    assert status == 1 and 'pip install "sb3_boom[zoo]"' in errors
+
+
 def test_measures_what_a_step_costs(run, tmp_path):
     threads = th.get_num_threads()
     arguments = ["--calls", "2", "--n-envs", "1", "4", "--threads", str(threads), "--no-compile", "--json", "step.json"]
