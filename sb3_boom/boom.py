@@ -7,7 +7,7 @@ import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch as th
@@ -61,6 +61,9 @@ from sb3_boom.progress import Pace, PretrainingStopped, duration, leaves, show_p
 from sb3_boom.saving import SavedAlgorithm
 from sb3_boom.update import update
 from sb3_boom.waits import WORKER_TIMEOUT, bounded_waits, evaluation_watched
+
+if TYPE_CHECKING:
+    from sb3_boom.inspection import Inspection
 
 SelfBOOM = TypeVar("SelfBOOM", bound="BOOM")
 
@@ -150,9 +153,6 @@ class BOOM(SavedAlgorithm):
     actor: Actor
     critic: Critic
     critic_target: Critic
-    gamma: Any
-    learning_starts: Any
-    batch_size: Any
 
     @moved_arguments_named
     def __init__(
@@ -227,7 +227,7 @@ class BOOM(SavedAlgorithm):
         )
         self.format_version = FORMAT_VERSION
         self.preset = preset
-        self.pretrain_steps: Any = pretrain_steps
+        self.pretrain_steps: int = pretrain_steps  # type: ignore[assignment]  # resolved in _setup_model
         self.horizon = horizon
         self.rho = rho
         self.consistency_coef = consistency_coef
@@ -238,7 +238,7 @@ class BOOM(SavedAlgorithm):
         self.ent_coef = ent_coef
         self.max_grad_norm = max_grad_norm
         self.alignment = alignment
-        self.align_coef: Any = align_coef
+        self.align_coef: float = align_coef  # type: ignore[assignment]  # resolved in _setup_model
         self.align_weighting = align_weighting
         self.align_temperature = align_temperature
         self.align_warmup = align_warmup
@@ -673,7 +673,7 @@ class BOOM(SavedAlgorithm):
         """The policy without planning; has ``predict``, so that ``evaluate_policy(model.prior, env)`` works."""
         return PolicyPrior(self.policy)
 
-    def inspect(self, env: GymEnv | str, **kwargs: Any) -> Any:
+    def inspect(self, env: GymEnv | str, **kwargs: Any) -> "Inspection":
         """
         Let planner and prior act for a few episodes, and show what the model promised against what came: in a notebook as it
         is, else ``model.inspect(env).save("page.html")``. Needs ``sb3_boom[inspect]``.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_boom import logs, storage
@@ -337,7 +338,9 @@ def _restore_pending_means(model: "BOOM", manifest: dict[str, Any]) -> None:
 # -------------------------------------------------------------------- resume
 
 
-def resume(cls: type[SelfBOOM], folder: pathlib.Path, env: Any, device: th.device | str, settings: dict[str, Any]) -> SelfBOOM:
+def resume(
+    cls: type[SelfBOOM], folder: pathlib.Path, env: GymEnv | str, device: th.device | str, settings: dict[str, Any]
+) -> SelfBOOM:
     """
     See :meth:`sb3_boom.BOOM.resume`.
 

@@ -145,7 +145,7 @@ class SavedAlgorithm(OffPolicyAlgorithm):
         custom_objects: dict[str, Any] | None = None,
         print_system_info: bool = False,
         force_reset: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ) -> SelfSaved:
         """
         Load the model from a zip-file. See :meth:`stable_baselines3.common.base_class.BaseAlgorithm.load`.

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import torch as th
 from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 
-from sb3_boom.buffers import SubTrajectories
+from sb3_boom.buffers import SubTrajectories, TensorObs
 from sb3_boom.core import losses
 from sb3_boom.core.actor import Actor
 from sb3_boom.core.compilation import eager
@@ -147,15 +147,17 @@ def learn(
     return values, {**model_terms, **policy_terms, "grad_norm": grad_norm, "policy_grad_norm": policy_grad_norm}
 
 
-def encode_observations(policy: BOOMPolicy, observations: Any) -> tuple[th.Tensor, th.Tensor]:
+def encode_observations(policy: BOOMPolicy, observations: TensorObs) -> tuple[th.Tensor, th.Tensor]:
     """
     :param policy: whose features extractor to use
     :param observations: ``[H+1, B, ...]``, or a dict of such; images are shifted at random
     :return: features of the first ones ``[B, F]`` and of the others ``[H, B, F]``, these without gradient
     """
+    first: TensorObs
+    following: TensorObs
     if isinstance(observations, dict):
         first = {key: value[0] for key, value in observations.items()}
-        following: Any = {key: value[1:].flatten(0, 1) for key, value in observations.items()}
+        following = {key: value[1:].flatten(0, 1) for key, value in observations.items()}
     else:
         first, following = observations[0], observations[1:].flatten(0, 1)
     features = policy.features(policy.augment(first))

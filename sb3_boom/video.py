@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common import vec_env
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecVideoRecorder
-from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvStepReturn
+from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvObs, VecEnvStepReturn
 
 from sb3_boom.boom import BOOM
 from sb3_boom.core.planner import Plan
@@ -47,7 +47,7 @@ class PlanPanel(VecEnvWrapper):
         """:param plan: the newest, made for the observations of now"""
         self._newest = float(plan.value[0])
 
-    def reset(self) -> Any:
+    def reset(self) -> VecEnvObs:
         """
         :return: observations
         """

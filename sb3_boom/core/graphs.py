@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 WARM_UP_CALLS = 3  # kernels are chosen, libraries loaded and workspaces made, which no capture allows
 MAX_GRAPHS = 16  # of one function: coefficients that change all the time would fill the memory else
 
-_streams: dict[th.device, Any] = {}
+_streams: dict[th.device, th.cuda.Stream] = {}
 
 
 class Capture:
@@ -198,7 +198,7 @@ def static_copy(tensor: th.Tensor) -> th.Tensor:
     return copy.requires_grad_(tensor.requires_grad)
 
 
-def side_stream(device: th.device) -> Any:
+def side_stream(device: th.device) -> th.cuda.Stream:
     """
     :param device: a GPU
     :return: the stream that graphs are warmed up and captured on, always the same, so that libraries have their workspace

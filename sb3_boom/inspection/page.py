@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -15,6 +15,9 @@ from sb3_boom import probing
 from sb3_boom.boom import BOOM
 from sb3_boom.core.planner import statistic_names
 from sb3_boom.inspection import figures, verdict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CHOSEN = (0.1, 0.5, 0.9)  # of an episode: the steps whose plans are shown
 
@@ -35,7 +38,7 @@ class Inspection:
     title: str
     sentences: list[verdict.Sentence] = field(default_factory=list)
     numbers: dict[str, float] = field(default_factory=dict)
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, "Figure"] = field(default_factory=dict)
     captions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -62,7 +65,7 @@ class Inspection:
             figure.savefig(path.parent / f"{path.stem}-{title.lower().replace(' ', '-')}.png", dpi=120, facecolor="white")
         return path
 
-    def attempt(self, title: str, caption: str, draw: Callable[[], Any]) -> None:
+    def attempt(self, title: str, caption: str, draw: Callable[[], "Figure"]) -> None:
         """
         Draw a figure, or note why there is none.
 
