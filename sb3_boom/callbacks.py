@@ -107,7 +107,7 @@ class ResumableCheckpointCallback(BaseCallback):
         """
         Write a checkpoint now. If the disk is full, a warning says so, and learning goes on.
 
-        :return: the checkpoint, or None if it could not be written
+        :return: the checkpoint's folder, or None if it could not be written
         :raises ValueError: if the model's parameters are NaN or infinite; the checkpoints before are kept
         """
         path = None

@@ -169,7 +169,7 @@ class Writer:
     Writes checkpoints of one model into one folder, which it keeps other processes out of.
 
     :param folder: of the run
-    :param keep: how many checkpoints to keep
+    :param keep: how many checkpoints to keep, the last ones
     :param files: further files that grow by lines, to be cut where a resumed run goes on
     """
 
@@ -181,6 +181,8 @@ class Writer:
 
     def open(self, model: "BOOM") -> None:
         """
+        Lock the folder, and cut the logs where the model goes on.
+
         :param model: to save from now on
         :raises ValueError: if the folder has checkpoints that the model does not come from
         :raises OSError: if another process works in the folder
@@ -218,7 +220,7 @@ class Writer:
         Write a checkpoint where the replay buffer, the counters and the last observation agree.
 
         :param model: to save
-        :return: the checkpoint
+        :return: the checkpoint's folder
         :raises ValueError: if the model's parameters are NaN or infinite; the checkpoints before are kept
         :raises OSError: if the disk is full; the checkpoints before are kept
         """

@@ -36,7 +36,7 @@ class PlannerPriorEvalCallback(EvalCallback):
     :param seed: of the episodes; those of the next evaluation have others
     :param verbose: Verbosity level: 0 for no output, 1 for a line per evaluation
     :ivar timesteps: when each evaluation was, in steps of all environments together
-    :ivar planner_returns: of each evaluation the returns of its episodes, the planner's; ``planner_lengths``, their steps
+    :ivar planner_returns: of each evaluation a list of its episodes' returns, the planner's; ``planner_lengths``, their steps
     :ivar prior_returns: the same of the policy prior; ``prior_lengths``
     :ivar best_mean_reward: the planner's best mean return so far; ``best_prior_reward``, the prior's
     :raises ValueError: when learning starts, if the environment's spaces are not the model's; if an evaluation would wait for

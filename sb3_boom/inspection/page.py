@@ -27,12 +27,12 @@ class Inspection:
     """
     What was found.
 
+    :param title: of the page
     :param sentences: the verdict
-    :param numbers: behind it, by name
+    :param numbers: behind it, by name: returns, biases (both in the unit of the rewards), errors and shares
     :param figures: matplotlib's, by title
     :param captions: what each says, by title
     :param notes: what could not be looked at, and why
-    :param title: of the page
     """
 
     title: str
@@ -112,8 +112,8 @@ def inspect(
     :param env: to act in, not the one that the model learns in, or its id
     :param n_episodes: of planner and prior each
     :param seed: of environments and generators
-    :param max_steps: of either, after which episodes are cut
-    :return: verdict and figures; ``save`` writes the page
+    :param max_steps: steps of either, after which episodes are cut
+    :return: verdict and figures; :meth:`Inspection.save` writes the page
     :raises ImportError: without matplotlib or jinja2
     :raises ValueError: if the environment's spaces are not the model's
     """
