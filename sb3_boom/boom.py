@@ -6,7 +6,7 @@ import importlib
 import inspect
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch as th
@@ -60,6 +60,9 @@ from sb3_boom.saving import SavedAlgorithm
 from sb3_boom.update import update
 from sb3_boom.waits import WORKER_TIMEOUT, bounded_waits, evaluation_watched
 
+if TYPE_CHECKING:
+    from sb3_boom.inspection import Inspection
+
 SelfBOOM = TypeVar("SelfBOOM", bound="BOOM")
 
 PRETRAIN_CHUNK = 100  # updates between two rows of progress
@@ -77,18 +80,19 @@ class BOOM(SavedAlgorithm):
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gymnasium, can be str)
     :param learning_rate: learning rate of both Adam optimizers, it can be a function of the current progress remaining
-        (from 1 to 0)
-    :param buffer_size: transitions in the replay buffer
-    :param learning_starts: random steps before the first update, once per model. Default "auto": ``max(1000, 5 T)`` for
-        episodes of ``T`` steps, 2500 if ``T`` is unknown
+        (from 1 to 0). The encoder's is a part of it, see ``encoder_lr_scale``
+    :param buffer_size: transitions in the replay buffer, of all environments together
+    :param learning_starts: random steps, of all environments together, before the first update, once per model. Default
+        "auto": ``max(1000, 5 T)`` for episodes of ``T`` agent steps, 2500 if ``T`` is unknown
     :param batch_size: sub-trajectories ``B`` per update. Default "auto": 256 with the paper's preset, 128 with "cpu"
-    :param tau: ``τ``, Polyak factor of the target critics and of the running Q scale
-    :param gamma: ``γ``, discount. Default "auto": ``(T/5 - 1) / (T/5)`` within [0.95, 0.995], 0.99 if ``T`` is unknown
+    :param tau: ``τ``, Polyak factor of the target critics and of the running Q scale ``S``, per update
+    :param gamma: ``γ``, discount per agent step. Default "auto": ``(T/5 - 1) / (T/5)`` within [0.95, 0.995], 0.99 if ``T`` is
+        unknown
     :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
         like ``(5, "step")`` or ``(2, "episode")``.
     :param gradient_steps: How many gradient steps to do after each rollout. Set to ``-1`` means to do as many gradient
         steps as steps done in the environment during the rollout.
-    :param action_noise: the action noise type, added to the planner's own exploration. Default None: none
+    :param action_noise: the action noise type, added to the planner's own exploration, where actions are in [-1, 1]
     :param replay_buffer_class: a subclass of :class:`~sb3_boom.buffers.WeightedReplayBuffer`, the default
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation, such as
         ``sampling="episode"`` or ``value_temperature=1.0``. With a ``value_temperature`` the buffer draws by value, so
@@ -100,27 +104,29 @@ class BOOM(SavedAlgorithm):
         paper's on a GPU, "cpu" on a CPU. ``batch_size``, ``planner_kwargs`` and ``policy_kwargs`` given as well win
     :param pretrain_steps: updates at the end of warm-up, once per model. Default "auto": ``learning_starts``
     :param horizon: ``H``, steps of the latent rollout, in learning and planning
-    :param rho: ``ρ``, weight of each rollout step against the one before it
-    :param consistency_coef: weight of the latent consistency loss
-    :param reward_coef: weight of the reward loss
-    :param value_coef: weight of the critics' loss
-    :param termination_coef: weight of the termination loss
+    :param rho: ``ρ``: step ``t`` of the rollout weighs ``ρ^t`` in every loss
+    :param consistency_coef: weight of the latent consistency loss, the mean of ``(z_{t+1} - z̄_{t+1})²``
+    :param reward_coef: weight of the reward loss, a cross-entropy over 101 bins
+    :param value_coef: weight of the critics' loss, a cross-entropy over 101 bins
+    :param termination_coef: weight of the termination loss, a binary cross-entropy
     :param handle_terminations: learn to predict terminations, stop targets and plans there. False: no termination head,
         every end bootstraps, as the authors' release
-    :param ent_coef: weight of the policy's log-probability, scaled by the action dimension as in the release
-    :param max_grad_norm: The maximum value for the gradient clipping, of either optimizer
-    :param alignment: how the policy is taught by the planner: "forward_kl" (default, the paper's formula, on actions
-        before squashing, divided by the Q scale ``S``), "release" (the authors' program, behind the published curves; it is
-        off while ``S`` is at most 2, see ``train/align_active``), "reverse_kl" or "none"
-    :param align_coef: weight of the alignment. Default "auto": A/1000 for 24 <= A <= 48 action dimensions, else A/50
-    :param align_weighting: "softmax" (soft value weights, default) or "uniform" over the batch
-    :param align_temperature: ``τ_w``, temperature of the soft value weights; lower favours high values more
+    :param ent_coef: weight of the policy's log-probability ``log π(a|z)``, scaled by the action dimension ``A`` as in the
+        release; a number, which is not tuned as SAC's is
+    :param max_grad_norm: The maximum value for the gradient clipping (of the 2-norm), of either optimizer
+    :param alignment: how the policy is taught by the planner, ``ℓ``: "forward_kl" (default, the paper's formula
+        ``log π(a_β|z)``, on actions before squashing, divided by the Q scale ``S``), "release" (the authors' program, behind
+        the published curves; it is off while ``S`` is at most 2, see ``train/align_active``), "reverse_kl" or "none"
+    :param align_coef: weight of the alignment term ``-Σ_B w ℓ``. Default "auto": A/1000 for 24 <= A <= 48 action
+        dimensions, else A/50
+    :param align_weighting: "softmax" (soft value weights ``w = softmax_B(Q / (S τ_w))``, default) or "uniform" over the batch
+    :param align_temperature: ``τ_w``, temperature of the soft value weights, in units of ``S``; lower favours high values more
     :param align_warmup: imitate the random actions of warm-up too, as the release does; False: only what was planned
     :param planner: "mppi" or "cem"
-    :param planner_kwargs: ``n_samples`` (512 with the paper's preset) action sequences scored in every one of
-        ``n_iterations`` ("auto": 6, or 8 for A >= 20), ``n_policy_samples`` (24) of them by the policy; the best
-        ``n_elites`` (64) shape the next iteration, weighted by ``exp(temperature * value)`` (0.5) except by "cem";
-        ``min_std`` (0.05) and ``max_std`` (2) bound its std;
+    :param planner_kwargs: ``n_samples`` ``N`` (512 with the paper's preset) action sequences scored in every one of
+        ``n_iterations`` ``I`` ("auto": 6, or 8 for A >= 20), ``n_policy_samples`` ``P`` (24) of them by the policy; the best
+        ``n_elites`` ``K`` (64) shape the next iteration, weighted by ``exp(temperature * value)`` (0.5) except by "cem";
+        ``min_std`` (0.05) and ``max_std`` (2) bound its std, of actions in [-1, 1];
         ``horizon_value`` ("mean" of two critics) may be "min" of all
     :param policy_kwargs: additional arguments to be passed to the policy on creation, such as ``dict(model_size="1M")``,
         ``encoder_lr_scale``, ``compile`` or ``tf32``. See :class:`~sb3_boom.policies.BOOMPolicy`
@@ -131,10 +137,16 @@ class BOOM(SavedAlgorithm):
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
     :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for debug
         messages
-    :param seed: Seed for the pseudo random generators
+    :param seed: Seed for the pseudo random generators. Default None: they are not seeded
     :param device: Device (cpu, cuda, ...) on which the code should be run. Setting it to auto, the code will be run on
         the GPU if possible.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :ivar policy: networks, optimizers and planner, a :class:`~sb3_boom.policies.BOOMPolicy`
+    :ivar actor: the policy ``π``, an :class:`~sb3_boom.core.actor.Actor` of ``policy``
+    :ivar critic: the critics ``Q_i``, a :class:`~sb3_boom.core.critic.Critic` of ``policy``
+    :ivar critic_target: the target critics ``Q̄_i``
+    :ivar replay_buffer: a :class:`~sb3_boom.buffers.WeightedReplayBuffer`; a loaded model's is empty
+    :ivar pretrain_updates: how many of ``pretrain_steps`` are done
     :raises ValueError: for settings outside of these
     :raises TypeError: for arguments that there are not, or not any more
     """
@@ -147,9 +159,6 @@ class BOOM(SavedAlgorithm):
     actor: Actor
     critic: Critic
     critic_target: Critic
-    gamma: Any
-    learning_starts: Any
-    batch_size: Any
 
     @moved_arguments_named
     def __init__(
@@ -224,7 +233,7 @@ class BOOM(SavedAlgorithm):
         )
         self.format_version = FORMAT_VERSION
         self.preset = preset
-        self.pretrain_steps: Any = pretrain_steps
+        self.pretrain_steps: int = pretrain_steps  # type: ignore[assignment]  # resolved in _setup_model
         self.horizon = horizon
         self.rho = rho
         self.consistency_coef = consistency_coef
@@ -235,7 +244,7 @@ class BOOM(SavedAlgorithm):
         self.ent_coef = ent_coef
         self.max_grad_norm = max_grad_norm
         self.alignment = alignment
-        self.align_coef: Any = align_coef
+        self.align_coef: float = align_coef  # type: ignore[assignment]  # resolved in _setup_model
         self.align_weighting = align_weighting
         self.align_temperature = align_temperature
         self.align_warmup = align_warmup
@@ -345,11 +354,14 @@ class BOOM(SavedAlgorithm):
         :param total_timesteps: The total number of samples (steps of all environments together) to train on
         :param callback: callback(s) called at every step with state of the algorithm. One that has a method
             ``_on_pretraining() -> bool`` is asked after every 100 updates of pretraining too, and stops learning by False
-        :param log_interval: episodes between two logs
+        :param log_interval: episodes, of all environments together, between two logs
         :param tb_log_name: the name of the run for TensorBoard logging
         :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
         :param progress_bar: Display a progress bar using tqdm and rich.
         :return: the trained model
+        :raises ValueError: for an observation, a reward, a loss or a parameter that is NaN or infinite, or if planning failed
+        :raises RuntimeError: if a worker of a SubprocVecEnv died
+        :raises TimeoutError: if one has not answered for ``worker_timeout`` seconds
         """
         keep_freed_memory()
         self.at_end = contextlib.ExitStack()
@@ -390,10 +402,11 @@ class BOOM(SavedAlgorithm):
         :param callback: Callback that will be called at each step
         :param train_freq: How much experience to collect
         :param replay_buffer: where to
-        :param action_noise: added to the plan
+        :param action_noise: added to the plan, if any
         :param learning_starts: Number of steps before SB3's loop calls :meth:`train`
-        :param log_interval: Log data every ``log_interval`` episodes
+        :param log_interval: Log data every ``log_interval`` episodes. Default None: never
         :return: number of steps and episodes, and whether to go on
+        :raises ValueError: as :meth:`learn`
         """
         steps, episodes = self.collected if self.takes_up_rollout else (0, 0)
         self.collected, self.takes_up_rollout = (steps, episodes), False
@@ -463,8 +476,8 @@ class BOOM(SavedAlgorithm):
         transitions, and pretrains the first time; called by itself it does the given updates and nothing else.
 
         :param gradient_steps: number of updates
-        :param batch_size: sub-trajectories per update; default: the model's
-        :raises ValueError: if the replay buffer is empty
+        :param batch_size: sub-trajectories ``B`` per update; default: the model's
+        :raises ValueError: if the replay buffer is empty, or for a loss or a parameter that is NaN or infinite
         """
         assert self.replay_buffer is not None
         within_learn = self._callback is not None
@@ -648,14 +661,16 @@ class BOOM(SavedAlgorithm):
         """The policy without planning; has ``predict``, so that ``evaluate_policy(model.prior, env)`` works."""
         return PolicyPrior(self.policy)
 
-    def inspect(self, env: GymEnv | str, **kwargs: Any) -> Any:
+    def inspect(self, env: GymEnv | str, **kwargs: Any) -> "Inspection":
         """
         Let planner and prior act for a few episodes, and show what the model promised against what came: in a notebook as it
         is, else ``model.inspect(env).save("page.html")``. Needs ``sb3_boom[inspect]``.
 
         :param env: to act in, not the one that the model learns in, or its id
-        :param kwargs: of :func:`sb3_boom.inspection.inspect`
-        :return: :class:`sb3_boom.inspection.Inspection`
+        :param kwargs: ``n_episodes``, ``seed`` and ``max_steps`` of :func:`sb3_boom.inspection.inspect`
+        :return: verdict and figures
+        :raises ImportError: without matplotlib or jinja2
+        :raises ValueError: if the environment's spaces are not the model's
         """
         # by name: it is made of models, and plots, which nobody needs to learn
         return importlib.import_module("sb3_boom.inspection").inspect(self, env, **kwargs)
@@ -663,7 +678,11 @@ class BOOM(SavedAlgorithm):
     # ------------------------------------------------------------------------ log
 
     def dump_logs(self) -> None:
-        """Write log data: losses and times are means since the last call."""
+        """
+        Write log data: losses and times are means since the last call.
+
+        :raises ValueError: for a loss that is NaN or infinite
+        """
         self._record_losses()
         for name, value in self.fresh_terminations.take_scores().items():
             self.logger.record(f"train/{name}", value)

@@ -32,7 +32,7 @@ class SubTrajectories(NamedTuple):
     :param actions: in [-1, 1], ``[H, B, A]``
     :param planner_actions: the planner's choice before exploration noise, ``a_β``, ``[H, B, A]``
     :param planner_stds: std of the planner's last distribution, ``σ_β``, ``[H, B, A]``
-    :param rewards: ``[H, B, 1]``
+    :param rewards: as learned from, by VecNormalize too, ``[H, B, 1]``
     :param terminations: 1 where the step ended the episode by termination, not by truncation, ``[H, B, 1]``
     :param valid: bool, whether step t belongs to the window's episode (its last step does), ``[H, B, 1]``
     :param indices: flat index of every step's transition, for :meth:`WeightedReplayBuffer.update_values`, ``[H, B]``
@@ -64,12 +64,14 @@ class WeightedReplayBuffer(ReplayBuffer):
     :param n_envs: number of environments
     :param optimize_memory_usage: must be False: every observation is already stored once
     :param handle_timeout_termination: must be True: a truncation is never taken for a termination
-    :param horizon: ``H``, steps of a window; default 3
+    :param horizon: ``H``, steps of a window
     :param sampling: "uniform" over transitions (default), or "episode" as the authors' release: first a finished episode
         longer than ``horizon``, then a window inside it, which over-draws short episodes
-    :param value_temperature: ``τ``: draw half of the windows by ``softmax(Q / (S τ))`` of their first transition, half
-        uniformly; :meth:`update_values` keeps the values. Default None: no value weighting. Costs a pass over all
+    :param value_temperature: draw half of the windows by ``softmax(Q / (S · value_temperature))`` of their first transition,
+        half uniformly; :meth:`update_values` keeps the values. Default None: no value weighting. Costs a pass over all
         stored values per draw.
+    :ivar pos: row that the next step is written to
+    :ivar full: whether rows have been overwritten
     :raises ValueError: for settings outside of these
     """
 
@@ -151,6 +153,7 @@ class WeightedReplayBuffer(ReplayBuffer):
         :param done: whether the episode ended, either way, ``[n_envs]``
         :param infos: per environment; ``planner_action`` and ``planner_std`` (both ``[A]``) default to the action and
             ``e²``, ``TimeLimit.truncated`` tells a truncation from a termination
+        :raises ValueError: for images with their channels last under a wrapper that puts them first
         """
         obs_rows, next_rows = self._as_rows(obs), self._as_rows(next_obs)
         if not self._storage:
@@ -344,7 +347,7 @@ class WeightedReplayBuffer(ReplayBuffer):
         Draw windows of ``horizon`` steps.
 
         :param batch_size: number of windows ``B``
-        :param env: normalises observations and rewards with its current statistics
+        :param env: normalises observations and rewards with its current statistics. Default None: as they were stored
         :return: the windows
         :raises ValueError: if there is nothing to draw from
         """
@@ -358,7 +361,7 @@ class WeightedReplayBuffer(ReplayBuffer):
 
         :param n_steps: how many of every environment
         :param env: as in :meth:`sample`
-        :return: ``n_steps * n_envs`` windows, oldest first
+        :return: ``B = n_steps * n_envs`` windows, oldest first
         :raises ValueError: if fewer are stored
         """
         if not 1 <= n_steps <= self.size():
@@ -422,7 +425,7 @@ class WeightedReplayBuffer(ReplayBuffer):
         return index // self.n_envs, index % self.n_envs
 
     def can_sample(self) -> bool:
-        """Whether there is anything to draw from: with ``sampling="episode"`` a finished episode that is long enough."""
+        """:return: whether there is anything to draw from; with ``sampling="episode"`` a finished episode, long enough"""
         return self.sampling == "uniform" or (self.size() > 0 and len(self._finished_episodes().begin) > 0)
 
     def _finished_episodes(self) -> Episodes:
@@ -462,7 +465,7 @@ class WeightedReplayBuffer(ReplayBuffer):
         :param indices: from a sample, ``[H, B]``
         :param values: Q-values of these transitions, ``[H, B, 1]``
         :param valid: from the same sample, ``[H, B, 1]``
-        :param scale: Q scale ``S``
+        :param scale: Q scale ``S``, scalar
         """
         if self.value_temperature is None:
             return

@@ -35,8 +35,9 @@ class ResumableCheckpointCallback(BaseCallback):
     :param files: further files that grow by lines, such as the Monitors' of environments in other processes, to be cut where a
         resumed run goes on
     :param verbose: Verbosity level: 0 for no output, 1 for a line per checkpoint
-    :raises ValueError: if the folder holds checkpoints that the model was not resumed from
-    :raises OSError: if another process works in the folder
+    :ivar writer: a :class:`sb3_boom.checkpoint.Writer`
+    :raises ValueError: when learning starts, if the folder holds checkpoints that the model was not resumed from
+    :raises OSError: when learning starts, if another process works in the folder
     """
 
     model: BOOM
@@ -106,7 +107,7 @@ class ResumableCheckpointCallback(BaseCallback):
         """
         Write a checkpoint now. If the disk is full, a warning says so, and learning goes on.
 
-        :return: the checkpoint, or None if it could not be written
+        :return: the checkpoint's folder, or None if it could not be written
         :raises ValueError: if the model's parameters are NaN or infinite; the checkpoints before are kept
         """
         path = None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_boom import logs, storage
@@ -168,7 +169,7 @@ class Writer:
     Writes checkpoints of one model into one folder, which it keeps other processes out of.
 
     :param folder: of the run
-    :param keep: how many checkpoints to keep
+    :param keep: how many checkpoints to keep, the last ones
     :param files: further files that grow by lines, to be cut where a resumed run goes on
     """
 
@@ -180,6 +181,8 @@ class Writer:
 
     def open(self, model: "BOOM") -> None:
         """
+        Lock the folder, and cut the logs where the model goes on.
+
         :param model: to save from now on
         :raises ValueError: if the folder has checkpoints that the model does not come from
         :raises OSError: if another process works in the folder
@@ -217,7 +220,7 @@ class Writer:
         Write a checkpoint where the replay buffer, the counters and the last observation agree.
 
         :param model: to save
-        :return: the checkpoint
+        :return: the checkpoint's folder
         :raises ValueError: if the model's parameters are NaN or infinite; the checkpoints before are kept
         :raises OSError: if the disk is full; the checkpoints before are kept
         """
@@ -337,7 +340,9 @@ def _restore_pending_means(model: "BOOM", manifest: dict[str, Any]) -> None:
 # -------------------------------------------------------------------- resume
 
 
-def resume(cls: type[SelfBOOM], folder: pathlib.Path, env: Any, device: th.device | str, settings: dict[str, Any]) -> SelfBOOM:
+def resume(
+    cls: type[SelfBOOM], folder: pathlib.Path, env: GymEnv | str, device: th.device | str, settings: dict[str, Any]
+) -> SelfBOOM:
     """
     See :meth:`sb3_boom.BOOM.resume`.
 

@@ -33,7 +33,7 @@ def of_newest(
     :param policy: whose networks to look at
     :param replay_buffer: that the transitions are in
     :param env: normalises observations and rewards
-    :param gamma: discount
+    :param gamma: ``γ``, discount per agent step
     :return: by the name to log: ``latent_norm``, mean norm of the encoded observations; ``latent_rank``, see
         :func:`effective_rank`; quantiles of the critics' mean value less the target, ``td_error_q05`` to ``td_error_q95``.
         Empty without transitions

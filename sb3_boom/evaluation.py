@@ -25,17 +25,22 @@ class PlannerPriorEvalCallback(EvalCallback):
 
     :param eval_env: the environment used for evaluation, wrapped as the training one
     :param n_eval_episodes: episodes for each of the two
-    :param eval_freq: evaluate every ``eval_freq`` calls of the callback
+    :param eval_freq: evaluate every ``eval_freq`` calls of the callback, one for each step of all environments together
     :param deterministic: whether both act deterministically
     :param callback_on_new_best: called when the planner's mean return is the best so far
     :param callback_after_eval: called after every evaluation
     :param log_path: folder of ``evaluations.npz``: the planner's as SB3 writes them, and ``prior_results``,
-        ``prior_ep_lengths``
+        ``prior_ep_lengths``. Default None: no file
     :param best_model_save_path: folder of ``best_planner.zip`` and ``best_prior.zip``, the models whose planner or prior was
-        best so far
+        best so far. Default None: no files
     :param seed: of the episodes; those of the next evaluation have others
     :param verbose: Verbosity level: 0 for no output, 1 for a line per evaluation
-    :raises ValueError: when learning starts, if the environment's spaces are not the model's
+    :ivar timesteps: when each evaluation was, in steps of all environments together
+    :ivar planner_returns: of each evaluation a list of its episodes' returns, the planner's; ``planner_lengths``, their steps
+    :ivar prior_returns: the same of the policy prior; ``prior_lengths``
+    :ivar best_mean_reward: the planner's best mean return so far; ``best_prior_reward``, the prior's
+    :raises ValueError: when learning starts, if the environment's spaces are not the model's; if an evaluation would wait for
+        ever, for episodes that do not end
     """
 
     model: BOOM
@@ -80,7 +85,11 @@ class PlannerPriorEvalCallback(EvalCallback):
         return self._goes_on
 
     def evaluate(self) -> None:
-        """Evaluate now: append the returns to ``planner_returns`` and ``prior_returns``, log them, keep the best models."""
+        """
+        Evaluate now: append the returns to ``planner_returns`` and ``prior_returns``, log them, keep the best models.
+
+        :raises ValueError: for episodes that do not end
+        """
         if self.model.get_vec_normalize_env() is not None:
             sync_envs_normalization(self.training_env, self.eval_env)
         seed = self.seed + SEEDS_APART * len(self.timesteps)
@@ -148,11 +157,11 @@ class WorldModelCallback(BaseCallback):
 
     :param eval_env: the environment used, wrapped as the training one; its own
     :param n_eval_episodes: episodes of planner and prior each
-    :param eval_freq: look every ``eval_freq`` calls of the callback
-    :param depth: steps ahead
+    :param eval_freq: look every ``eval_freq`` calls of the callback, one for each step of all environments together
+    :param depth: how many steps ahead it looks
     :param seed: of the episodes; those of the next look have others
     :param verbose: Verbosity level: 0 for no output, 1 for a line per look
-    :raises ValueError: when learning starts, if the environment's spaces are not the model's
+    :raises ValueError: when learning starts, if the environment's spaces are not the model's; for episodes that do not end
     """
 
     model: BOOM
@@ -186,7 +195,8 @@ class WorldModelCallback(BaseCallback):
         """
         Look now, and log it.
 
-        :return: what was logged, by name
+        :return: what was logged, by name without ``world_model/``
+        :raises ValueError: for episodes that do not end
         """
         if self.model.get_vec_normalize_env() is not None:
             sync_envs_normalization(self.training_env, self.eval_env)

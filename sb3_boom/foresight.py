@@ -136,8 +136,8 @@ class PlanOptimism:
         :param dones: whether the episode ended, ``[n_envs]``
         :param truncated: whether the end, if it is one, was a truncation, ``[n_envs]``
         :param starts: whether the step was an episode's first, ``[n_envs]``
-        :param gamma: discount
-        :return: of each episode that ended, unless it was not planned
+        :param gamma: ``γ``, discount per agent step
+        :return: of each episode that ended, unless it was not planned, in the unit of the rewards
         """
         if len(self._weights) != len(dones):
             self._weights, self._gaps, self._counts = np.zeros((3, len(dones)))

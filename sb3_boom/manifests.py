@@ -25,7 +25,8 @@ class Checkpoint(NamedTuple):
 
     :param path: its folder
     :param number: of the checkpoint, counted up in its folder
-    :param manifest: what the file says
+    :param manifest: what its ``manifest.json`` says: files, counters, random states, settings of VecNormalize, the replay
+        buffer's parts
     """
 
     path: pathlib.Path
@@ -39,7 +40,10 @@ def number_of(path: pathlib.Path) -> int:
 
 
 def in_folder(folder: pathlib.Path) -> list[pathlib.Path]:
-    """:param folder: of a run. :return: its checkpoints, complete or not, the newest first"""
+    """
+    :param folder: of a run
+    :return: folders of its checkpoints, complete or not, the newest first
+    """
     return sorted(folder.glob("checkpoint-[0-9]*"), key=number_of, reverse=True)
 
 
@@ -128,7 +132,7 @@ def read(path: pathlib.Path) -> Checkpoint:
 def newest_whole(folder: pathlib.Path) -> Checkpoint:
     """
     :param folder: of a run
-    :return: its last checkpoint that is whole; a warning names the file for which a later one is not
+    :return: its last checkpoint that is whole; a warning names the file for which a later one is damaged
     :raises FileNotFoundError: if there is none
     """
     problems = []

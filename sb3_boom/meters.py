@@ -15,7 +15,11 @@ from sb3_boom.core.planner import statistic_names
 
 
 class Meters:
-    """Means of losses, which stay on the device until they are logged, and of durations."""
+    """
+    Means of losses, which stay on the device until they are logged, and of durations.
+
+    :ivar n_updates: since the losses were last taken
+    """
 
     def __init__(self) -> None:
         self._terms: dict[str, th.Tensor] = {}
@@ -32,7 +36,7 @@ class Meters:
         """
         Count the terms of one update, without host synchronisation.
 
-        :param terms: scalars by name
+        :param terms: scalar tensors by name
         """
         if self._terms.keys() != terms.keys():
             self._terms = {name: th.zeros_like(term) for name, term in terms.items()}
@@ -142,7 +146,7 @@ class Meters:
         Count a duration, but for the first ones of its kind, which may include compiling.
 
         :param name: what took the time
-        :param seconds: how long
+        :param seconds: how long it took
         :param count: how many of it were done meanwhile
         :param n_first: how many to leave out
         """
@@ -165,7 +169,7 @@ class Meters:
 
     def milliseconds(self) -> dict[str, float]:
         """
-        :return: mean durations so far, by name; waits for what a GPU has still to do
+        :return: mean durations so far, in milliseconds, by name; waits for what a GPU has still to do
         """
         if self._pending:
             self._pending[-1][-1].synchronize()
@@ -174,7 +178,7 @@ class Meters:
 
     def take_milliseconds(self) -> dict[str, float]:
         """
-        :return: mean durations since the last call, by name
+        :return: mean durations since the last call, in milliseconds, by name
         """
         means, self._seconds = self.milliseconds(), {}
         return means

@@ -53,9 +53,9 @@ class BOOMPolicy(BasePolicy):
 
     :param observation_space: Observation space
     :param action_space: Action space, a Box
-    :param lr_schedule: Learning rate schedule
-    :param model_size: "tiny", "1M", "5M", "19M", "48M" or "317M" parameters; the six dimensions that follow override it one
-        by one. BOOM's default follows its ``preset``
+    :param lr_schedule: Learning rate schedule, from the remaining progress (1 to 0) to a rate
+    :param model_size: "tiny", "1M", "5M", "19M", "48M" or "317M" parameters; the five dimensions that follow override it one
+        by one, where they are not None. BOOM's default follows its ``preset``
     :param enc_dim: width of the encoder's hidden layers
     :param mlp_dim: width of the other networks' hidden layers
     :param latent_dim: size ``L`` of the latent
@@ -67,7 +67,7 @@ class BOOMPolicy(BasePolicy):
     :param features_extractor_class: Features extractor to use, in front of the encoder. Default None: FlattenExtractor;
         NatureCNN for CnnPolicy, CombinedExtractor for MultiInputPolicy
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
-    :param normalize_images: Whether to divide images by 255
+    :param normalize_images: Whether to divide images by 255, to [0, 1]
     :param image_shift: pixels by which images are shifted at random, either way, while learning (as TD-MPC2); 0 for none
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
     :param optimizer_kwargs: Additional keyword arguments of both optimizers, without the learning rate
@@ -80,8 +80,20 @@ class BOOMPolicy(BasePolicy):
     :param handle_terminations: whether the world model predicts terminations; set by BOOM, as all that follow
     :param planner: "mppi" or "cem"
     :param planner_kwargs: see :class:`sb3_boom.BOOM`
-    :param horizon: steps ``H`` looked ahead
-    :param gamma: discount
+    :param horizon: ``H``, agent steps looked ahead
+    :param gamma: ``γ``, discount per agent step
+    :ivar world_model: encoder ``h``, dynamics ``d``, reward ``R`` and termination ``g``, a
+        :class:`~sb3_boom.core.world_model.WorldModel`
+    :ivar actor: the policy ``π``
+    :ivar critic: the critics ``Q_i``
+    :ivar critic_target: the target critics ``Q̄_i``
+    :ivar features_extractor: in front of the encoder, from observations to features ``[n, F]``
+    :ivar planner_config: the planner's settings, a :class:`~sb3_boom.core.planner.PlannerConfig`
+    :ivar model_optimizer: of features extractor, world model and critics
+    :ivar actor_optimizer: of the policy
+    :ivar q_scale: ``S``, running scale of Q-values, a scalar tensor
+    :ivar terminations_seen: scalar tensor, 1 once a termination has been learned from, else 0; plans count them from then on
+    :ivar capture: False: on a GPU too, launch plan and update kernel by kernel, without CUDA graphs. Default True
     :raises ValueError: for settings outside of these
     """
 
@@ -237,7 +249,7 @@ class BOOMPolicy(BasePolicy):
         return choose_compiler(self.compile_setting, self.device)
 
     def may_capture(self) -> bool:
-        """Whether plan and update become CUDA graphs: on a GPU, compiled, and where no forward hook is to be called."""
+        """:return: whether plan and update become CUDA graphs: on a GPU, compiled, where no forward hook is to be called"""
         return self.capture and captures_on(self.device) and self.compiler is compiled and not self.graphs.bars(self)
 
     def forget_graphs(self) -> None:
@@ -289,7 +301,7 @@ class BOOMPolicy(BasePolicy):
         """
         Plan for a batch of environments in one call.
 
-        :param obs: observations ``[E, ...]``
+        :param obs: observations ``[E, ...]``, not preprocessed
         :param previous_mean: warm start, the last plan's mean, ``[E, H, A]``; zeros where an episode starts
         :param deterministic: take the heaviest elite, and draw all noise from generators seeded by the observations
         :return: the plan
@@ -364,14 +376,16 @@ class BOOMPolicy(BasePolicy):
         """
         Plan an action, without exploration noise.
 
-        :param observation: one observation or a batch of them
+        :param observation: one observation, or a batch of them ``[n_envs, ...]``; by key for a Dict space
         :param state: the planner's warm start, as returned by the last call: ``(mean,)`` with ``[n_envs, H, A]``.
             Default None: a cold start
         :param episode_start: bool ``[n_envs]``, where to drop the warm start. Default None: nowhere
         :param deterministic: True takes the heaviest elite and seeds all noise by the observation: the same observation
             and state give the same action. False draws the elite by its weight, with fresh noise, as the paper evaluates
-        :return: actions within the action space's bounds, and the next state
-        :raises ValueError: for a state of another shape, or if no plan has a finite value
+        :return: the action, or ``[n_envs, ...]`` for a batch, within the action space's bounds and of its dtype; and the next
+            state, for the next call
+        :raises ValueError: for a state of another shape, for an observation of another one or that is not finite, or if no
+            plan has a finite value
         """
         self.set_training_mode(False)
         check_observation(self, observation)
@@ -454,6 +468,8 @@ def encode_and_plan(
     policy: BOOMPolicy, config: PlannerConfig, features: th.Tensor, previous_mean: th.Tensor, noise: PlannerNoise
 ) -> Plan:
     """
+    ``z = h(s)``, and :func:`sb3_boom.core.planner.plan` from there.
+
     :param policy: the networks
     :param config: the planner's settings
     :param features: of the observations, ``[E, F]``

@@ -51,11 +51,12 @@ def resolve_auto(settings: Mapping[str, Any], device: th.device, env: GymEnv | N
     """
     Replace every "auto" by what the machine, the episode's length or the paper's rule make of it.
 
-    :param settings: BOOM's, by name, checked
+    :param settings: BOOM's, by name, checked by :func:`sb3_boom.checks.check_settings`
     :param device: where the networks are to live
     :param env: the vectorized environment, or None
     :param action_dim: ``A``
     :return: the settings that may be "auto", resolved; ``policy_kwargs`` stay as they were given, see :func:`model_size`
+    :raises ValueError: for a preset that there is not
     """
     name = choose_preset(settings["preset"], device)
     preset = PRESETS[name]
@@ -93,7 +94,7 @@ def episode_length(env: GymEnv | None) -> int | None:
     The outermost TimeLimit, divided by the repeats of a RepeatAction around it.
 
     :param env: the vectorized environment, or None
-    :return: steps ``T`` as the agent counts them, None if there is no TimeLimit
+    :return: ``T``, in agent steps, None if there is no TimeLimit
     """
     if not isinstance(env, VecEnv) or not env.has_attr("_max_episode_steps"):
         return None

@@ -8,7 +8,7 @@ from sb3_boom.policies import BOOMPolicy, check_observation
 
 class PolicyPrior:
     """
-    The policy π that plans start from, without planning: ``evaluate_policy(model.prior, env)``.
+    The policy ``π`` that plans start from, without planning: ``evaluate_policy(model.prior, env)``.
 
     :param policy: the policy it belongs to
     """
@@ -24,11 +24,13 @@ class PolicyPrior:
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
-        :param observation: one observation or a batch of them
+        The policy's own action.
+
+        :param observation: one observation, or a batch of them ``[n, ...]``; by key for a Dict space
         :param state: returned as it is: the policy has no memory
         :param episode_start: unused
         :param deterministic: the squashed mean instead of a sample
-        :return: actions within the action space's bounds, and ``state``
+        :return: the action, or ``[n, ...]`` for a batch, within the action space's bounds and of its dtype; and ``state``
         :raises ValueError: for what would end in an action of NaN, and for what SB3 refuses
         """
         policy = self.policy

@@ -46,7 +46,10 @@ class SavedAlgorithm(OffPolicyAlgorithm):
         return [*super()._excluded_save_params(), *ours]
 
     def get_parameters(self) -> dict[str, dict]:
-        """:return: state dicts by name, after the updates that are owed"""
+        """
+        :return: state dicts by name: "policy" (all networks), "policy.model_optimizer" and "policy.actor_optimizer"; after the
+            updates that are owed
+        """
         self._catch_up()
         return super().get_parameters()
 
@@ -66,6 +69,7 @@ class SavedAlgorithm(OffPolicyAlgorithm):
         :param path: path to the file (or a file-like) where to save it
         :param exclude: name of parameters that should be excluded in addition to the default ones
         :param include: name of parameters that might be excluded but should be included anyway
+        :raises OSError: if it can't be written
         """
         warn_if_non_finite(self.policy, path)
         super().save(path, exclude, include)
@@ -75,7 +79,8 @@ class SavedAlgorithm(OffPolicyAlgorithm):
         Save the replay buffer as a pickle file, as large as what is in it. A file that was there before is replaced whole, or
         stays if the disk is full.
 
-        :param path: Path to the file where the replay buffer should be saved.
+        :param path: Path to the file where the replay buffer should be saved; ".pkl" is added where there is no suffix
+        :raises OSError: if it can't be written
         """
         if self.num_timesteps > 0 and (self.replay_buffer is None or self.replay_buffer.size() == 0):
             warnings.warn(
@@ -103,6 +108,7 @@ class SavedAlgorithm(OffPolicyAlgorithm):
         :return: the model; ``learn(total - model.num_timesteps, callback, reset_num_timesteps=False)`` goes on
         :raises FileNotFoundError: if there is no complete checkpoint
         :raises ValueError: for other settings, spaces or another number of environments
+        :raises TypeError: for a setting that there is not
         :raises OSError: if another process works in the folder
         """
         return checkpoint.resume(cls, pathlib.Path(folder), env, device, settings)  # type: ignore[type-var]
@@ -113,7 +119,9 @@ class SavedAlgorithm(OffPolicyAlgorithm):
 
         :param path: Path to the pickled replay buffer.
         :param truncate_last_traj: unused, as with SB3's own ReplayBuffer: an open episode is closed by the next reset
-        :raises ValueError: for a buffer of another kind, of other spaces or of another number of environments
+        :raises ValueError: for a file that is damaged; for a buffer of another kind, of other spaces or of another number of
+            environments
+        :raises OSError: if it can't be read
         """
         if isinstance(path, (str, pathlib.Path)):
             path = pathlib.Path(path)
@@ -150,7 +158,7 @@ class SavedAlgorithm(OffPolicyAlgorithm):
         custom_objects: dict[str, Any] | None = None,
         print_system_info: bool = False,
         force_reset: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ) -> SelfSaved:
         """
         Load the model from a zip-file. See :meth:`stable_baselines3.common.base_class.BaseAlgorithm.load`.
@@ -158,14 +166,16 @@ class SavedAlgorithm(OffPolicyAlgorithm):
         :param path: path to the file (or a file-like) where to load the agent from
         :param env: the new environment to run the loaded model on (can be None if you only need prediction)
         :param device: Device on which the code should run.
-        :param custom_objects: objects to use instead of the stored ones, by name
+        :param custom_objects: objects to use instead of the stored ones, by name, for what can't be unpickled here
         :param print_system_info: Whether to print system info from the saved model and the current system info
         :param force_reset: Force call to ``reset()`` before training to avoid unexpected behavior.
         :param kwargs: constructor arguments to change when loading; of ``policy_kwargs`` only ``encoder_lr_scale``,
             ``compile`` and ``tf32`` can be, given by themselves
         :return: new model instance with loaded parameters
-        :raises ValueError: for a file that is no archive of BOOM, or of a later format
+        :raises ValueError: for a file that is no archive of BOOM, that is damaged, or of a later format; for an argument that
+            changes the networks
         :raises TypeError: for an argument that the constructor does not have
+        :raises FileNotFoundError: if there is no such file
         """
         check_archive(path)
         check_load_arguments(cls.__mro__[: cls.__mro__.index(SavedAlgorithm)], kwargs)

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import torch as th
 from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 
-from sb3_boom.buffers import SubTrajectories
+from sb3_boom.buffers import SubTrajectories, TensorObs
 from sb3_boom.core import losses
 from sb3_boom.core.actor import Actor
 from sb3_boom.core.compilation import eager
@@ -24,14 +24,15 @@ def update(
     policy: BOOMPolicy, batch: SubTrajectories, noise: UpdateNoise, config: LossConfig, max_grad_norm: float
 ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
     """
-    One update (paper, Algorithm 1; reference, sections 5 and 6).
+    One update (paper, Algorithm 1): :func:`sb3_boom.core.losses.model_loss`, :func:`sb3_boom.core.losses.policy_loss`, and a
+    step of the target critics, ``Q̄ ← Q̄ + τ (Q - Q̄)``.
 
     :param policy: the networks and their optimizers
     :param batch: sub-trajectories
     :param noise: all of the update's randomness
     :param config: coefficients
-    :param max_grad_norm: bound of either optimizer's gradient
-    :return: Q-values of the batch's steps ``[H, B, 1]``; the terms to log by their name
+    :param max_grad_norm: bound of either optimizer's gradient, in its 2-norm
+    :return: Q-values of the batch's steps ``[H, B, 1]``; the terms to log by their name, scalars
     """
     features, next_features = encode_observations(policy, batch.observations)
     tensors = (features, next_features, *batch[1:7], noise)
@@ -85,12 +86,12 @@ def learn(
     :param max_grad_norm: bound of either optimizer's gradient
     :param features: of the first observations, ``[B, F]``
     :param next_features: of the following ones, ``[H, B, F]``
-    :param actions: as all that follow, see :class:`~sb3_boom.buffers.SubTrajectories`
-    :param planner_actions: ``a_β``
-    :param planner_stds: ``σ_β``
-    :param rewards: of the steps
-    :param terminations: of the steps
-    :param valid: of the steps
+    :param actions: ``[H, B, A]``; as all that follow, see :class:`~sb3_boom.buffers.SubTrajectories`
+    :param planner_actions: ``a_β``, ``[H, B, A]``
+    :param planner_stds: ``σ_β``, ``[H, B, A]``
+    :param rewards: ``[H, B, 1]``
+    :param terminations: ``[H, B, 1]``
+    :param valid: bool ``[H, B, 1]``
     :param noise: all of the update's randomness
     :return: as :func:`update`
     """
@@ -147,15 +148,17 @@ def learn(
     return values, {**model_terms, **policy_terms, "grad_norm": grad_norm, "policy_grad_norm": policy_grad_norm}
 
 
-def encode_observations(policy: BOOMPolicy, observations: Any) -> tuple[th.Tensor, th.Tensor]:
+def encode_observations(policy: BOOMPolicy, observations: TensorObs) -> tuple[th.Tensor, th.Tensor]:
     """
     :param policy: whose features extractor to use
     :param observations: ``[H+1, B, ...]``, or a dict of such; images are shifted at random
     :return: features of the first ones ``[B, F]`` and of the others ``[H, B, F]``, these without gradient
     """
+    first: TensorObs
+    following: TensorObs
     if isinstance(observations, dict):
         first = {key: value[0] for key, value in observations.items()}
-        following: Any = {key: value[1:].flatten(0, 1) for key, value in observations.items()}
+        following = {key: value[1:].flatten(0, 1) for key, value in observations.items()}
     else:
         first, following = observations[0], observations[1:].flatten(0, 1)
     features = policy.features(policy.augment(first))
@@ -184,7 +187,7 @@ def model_gradients(
     :param config: coefficients
     :param end_to_end: see :func:`differentiate`
     :param features: of the first observations, ``[B, F]``
-    :param data: the loss's other arguments
+    :param data: the loss's other arguments, from ``next_features`` on
     :return: gradients of world model's and critics' trained parameters, and of the features if they require one; latents
         ``[H, B, L]``; the terms by their logged name
     """
@@ -205,9 +208,9 @@ def policy_gradients(
     :param critic: the critics
     :param config: coefficients
     :param end_to_end: see :func:`differentiate`
-    :param data: the loss's other arguments
-    :return: gradients of the policy's trained parameters; the new Q scale; Q-values ``[H, B, 1]``; the terms by their
-        logged name
+    :param data: the loss's other arguments, from ``latents`` on
+    :return: gradients of the policy's trained parameters; the new Q scale ``S``, scalar; Q-values ``[H, B, 1]``; the terms by
+        their logged name
     """
     loss, q_scale, values, terms = losses.policy_loss(actor, critic, config, *data)
     return differentiate(loss, trained(actor), end_to_end), q_scale, values, terms
@@ -224,9 +227,9 @@ def trained(*networks: th.nn.Module) -> list[th.Tensor]:
 def differentiate(loss: th.Tensor, inputs: Sequence[th.Tensor], end_to_end: bool) -> Gradients:
     """
     :param loss: scalar
-    :param inputs: maybe none
-    :param end_to_end: whether to lay the gradients into one tensor, where the loss depends on all inputs
-    :return: the loss's gradient by each of them, None where it does not depend on it
+    :param inputs: of any shapes, maybe none
+    :param end_to_end: whether to lay the gradients into one tensor ``[n]``, where the loss depends on all inputs
+    :return: the loss's gradient by each of them, of its shape, None where it does not depend on it; or that one tensor
     """
     gradients = th.autograd.grad(loss, inputs, allow_unused=True) if inputs else ()
     if end_to_end and all(gradient is not None for gradient in gradients):
@@ -240,9 +243,10 @@ def descend(
     """
     :param optimizer: steps its parameters down their gradients, clipped
     :param networks: whose gradients are given
-    :param gradients: of their trained parameters, in order; the optimizer's other parameters have theirs
-    :param max_grad_norm: bound of the gradient's norm
-    :return: norm of the gradient before clipping
+    :param gradients: of their trained parameters, in order, of their shapes or as one tensor ``[n]``; the optimizer's other
+        parameters have theirs
+    :param max_grad_norm: bound of the gradient's 2-norm
+    :return: that norm before clipping, scalar
     """
     if isinstance(optimizer, FlatOptimizer):
         if len(gradients) == 1 and gradients[0] is not None and gradients[0].shape == optimizer.gradient.shape:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common import vec_env
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecVideoRecorder
-from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvStepReturn
+from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvObs, VecEnvStepReturn
 
 from sb3_boom.boom import BOOM
 from sb3_boom.core.planner import Plan
@@ -25,6 +25,8 @@ class PlanPanel(VecEnvWrapper):
     (the value of its best elite, discounted), and the reward of the step. A step without a plan leaves a gap.
 
     :param venv: rendered, with ``render_mode="rgb_array"``
+    :ivar promised: by step of the episode so far, in the unit of the rewards, NaN without a plan
+    :ivar rewards: those met, by step
     """
 
     def __init__(self, venv: VecEnv) -> None:
@@ -47,9 +49,9 @@ class PlanPanel(VecEnvWrapper):
         """:param plan: the newest, made for the observations of now"""
         self._newest = float(plan.value[0])
 
-    def reset(self) -> Any:
+    def reset(self) -> VecEnvObs:
         """
-        :return: observations
+        :return: observations ``[E, ...]``
         """
         self.promised, self.rewards = [], []
         return self.venv.reset()
@@ -68,8 +70,8 @@ class PlanPanel(VecEnvWrapper):
 
     def render(self, mode: str | None = None) -> np.ndarray | None:
         """
-        :param mode: as any VecEnv
-        :return: the frame with the panel, ``[height, width, 3]``; whatever else the environment renders, as it is
+        :param mode: as any VecEnv. Default None: the environments' own
+        :return: the frame with the panel, uint8, ``[height, width, 3]``; whatever else the environment renders, as it is
         """
         frame = self.venv.render(mode)
         if not isinstance(frame, np.ndarray) or frame.ndim != 3:

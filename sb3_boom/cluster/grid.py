@@ -50,7 +50,7 @@ def run_grid(
     :param csv: where the driver appends rows
     :param storage: a folder that all nodes see, or an fsspec URL; for checkpoints, rows and logs of the runs
     :param hyperparams: hyperparameter file, which only the driver needs
-    :param overrides: settings instead of the file's
+    :param overrides: settings instead of the file's, by name
     :param eval_freq: agent steps between checkpoints, each with an evaluation
     :param n_eval_episodes: episodes of an evaluation
     :param address: see :func:`sb3_boom.cluster.connection.connect`; default: ``RAY_ADDRESS``, else local
@@ -59,8 +59,10 @@ def run_grid(
     :param max_retries: how often a run is started anew after its process or node died
     :param lease_s: seconds after which a run of a driver that was killed is free for another one
     :return: number of runs that failed
+    :raises ImportError: without Ray
     :raises ConnectionError: if there is no cluster at the address
     :raises ValueError: if nodes lack what runs need, or for settings that can't be
+    :raises KeyboardInterrupt: after Ctrl-C or SIGTERM, once all runs are stored
     """
     overrides = overrides or {}
     ray = import_ray()

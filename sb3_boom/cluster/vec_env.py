@@ -118,10 +118,11 @@ class RayVecEnv(VecEnv):
     :param env_fns: each makes one environment
     :param envs_per_actor: how many share an actor; more make a step cheaper, if they are quick, and one after the other
     :param max_restarts: how often an actor is started anew, for each of them, before its death is an error
-    :param num_cpus: that an actor reserves on its node
+    :param num_cpus: that an actor reserves on its node; a fraction lets several share one
     :param num_gpus: the same
     :param timeout: seconds to wait for an answer
-    :raises ValueError: for numbers below one
+    :raises ValueError: without ``env_fns``, or for a number out of range
+    :raises ImportError: without Ray
     :raises TimeoutError: if the cluster has no room for the actors, or if one does not answer
     :raises ConnectionError: if an actor dies more than ``max_restarts`` times
     """

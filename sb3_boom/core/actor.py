@@ -14,7 +14,7 @@ HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 class Actor(nn.Module):
     """
-    A tanh-squashed diagonal Gaussian over actions in ``[-1, 1]^A``, given a latent.
+    The policy ``π``: a tanh-squashed diagonal Gaussian over actions in ``[-1, 1]^A``, given a latent.
 
     :param latent_dim: size ``L`` of the latent
     :param action_dim: number ``A`` of action dimensions
@@ -48,7 +48,7 @@ class Actor(nn.Module):
 
 def bound_log_std(raw: th.Tensor) -> th.Tensor:
     """
-    Squash the head's raw output into the allowed range of the log-std.
+    Squash the head's raw output into the allowed range of the log-std: ``-10 + 6 (tanh(raw) + 1)``.
 
     :param raw: any shape
     :return: same shape, in [-10, 2]
@@ -58,7 +58,7 @@ def bound_log_std(raw: th.Tensor) -> th.Tensor:
 
 def gaussian_log_prob(scaled_error: th.Tensor, log_std: th.Tensor) -> th.Tensor:
     """
-    Log-density of a diagonal Gaussian.
+    Log-density of a diagonal Gaussian, ``Σ_d (-e_d² / 2 - ln σ_d - ½ ln 2π)``, ``e`` being the scaled error.
 
     :param scaled_error: ``(x - mean) / std``, ``[..., A]``
     :param log_std: ``[..., A]``
@@ -71,7 +71,8 @@ def scaled_gaussian_log_prob(scaled_error: th.Tensor, log_std: th.Tensor) -> th.
     """
     The Gaussian term as the paper's release scales it: by the action dimension, the constant counted once.
 
-    ``ent_coef`` and the alignment coefficient were tuned with this factor (reference, section 3).
+    ``A (Σ_d (-e_d² / 2 - ln σ_d) - ½ ln 2π)``, ``e`` being the scaled error. ``ent_coef`` and the alignment coefficient were
+    tuned with this factor.
 
     :param scaled_error: ``(x - mean) / std``, ``[..., A]``
     :param log_std: ``[..., A]``

@@ -9,7 +9,7 @@ from sb3_boom.core.two_hot import TwoHot
 
 class Critic(nn.Module):
     """
-    ``n_critics`` networks from latent and action to the logits of a two-hot value.
+    ``Q_i``: ``n_critics`` networks from latent and action to the logits of a two-hot value.
 
     :param latent_dim: size ``L`` of the latent
     :param action_dim: number ``A`` of action dimensions
@@ -33,7 +33,7 @@ class Critic(nn.Module):
         :param action: ``[..., A]``
         :param members: ``[m]`` int64, the critics to compute, as constants. Default: all, with gradients.
         :param dropout_mask: bool, the units to keep, ``[n_critics or m, M, mlp_dim]``, ``M`` being the product of the
-            leading dimensions
+            leading dimensions. Default None: no dropout
         :return: logits ``[n_critics or m, ..., n_bins]``
         """
         x = th.cat([z, action], dim=-1)
@@ -49,7 +49,7 @@ class Critic(nn.Module):
         :param action: ``[..., A]``
         :param members: ``[m]`` int64
         :param dropout_mask: see :meth:`forward`
-        :return: ``[m, ..., 1]``
+        :return: in the unit of the rewards, ``[m, ..., 1]``
         """
         return self.two_hot.decode(self(z, action, members, dropout_mask))
 

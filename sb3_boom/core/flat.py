@@ -76,9 +76,9 @@ class FlatOptimizer:
 
     def step(self, gradient: th.Tensor, max_grad_norm: float) -> th.Tensor:
         """
-        :param gradient: of all parameters, in order, end to end
-        :param max_grad_norm: bound of its norm
-        :return: its norm before clipping
+        :param gradient: of all parameters, in order, end to end, ``[n]``
+        :param max_grad_norm: bound of its 2-norm
+        :return: that norm before clipping, scalar
         """
         norm = th.linalg.vector_norm(gradient)
         th.mul(gradient, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0), out=self.gradient)  # torch's clip_grad_norm_
@@ -134,8 +134,8 @@ def flat_optimizer(optimizer: th.optim.Optimizer, networks: Sequence[th.nn.Modul
 
 def lay_end_to_end(tensors: Sequence[th.Tensor]) -> tuple[th.Tensor, list[th.Tensor]]:
     """
-    :param tensors: of one type
-    :return: a flat copy of all of them, and its views of their shapes
+    :param tensors: of one type, any shapes
+    :return: a flat copy of all of them, ``[n]``, and its views of their shapes
     """
     flat = th.cat([tensor.detach().reshape(-1) for tensor in tensors])
     parts = flat.split([tensor.numel() for tensor in tensors])

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 WARM_UP_CALLS = 3  # kernels are chosen, libraries loaded and workspaces made, which no capture allows
 MAX_GRAPHS = 16  # of one function: coefficients that change all the time would fill the memory else
 
-_streams: dict[th.device, Any] = {}
+_streams: dict[th.device, th.cuda.Stream] = {}
 
 
 class Capture:
@@ -25,7 +25,7 @@ class Capture:
     A recorded function.
 
     :param replay: does the recorded work again, on the arguments it was recorded with
-    :param outputs: what it leaves its results in
+    :param outputs: what it leaves its results in: the function's own structure of tensors
     """
 
     def __init__(self, replay: Callable[[], None], outputs: Any) -> None:
@@ -186,7 +186,7 @@ def captures_on(device: th.device) -> bool:
 
 def static_copy(tensor: th.Tensor) -> th.Tensor:
     """
-    :param tensor: an argument
+    :param tensor: an argument, any shape
     :return: one of its own memory with the same shape, strides and values
     """
     with th.no_grad():
@@ -198,7 +198,7 @@ def static_copy(tensor: th.Tensor) -> th.Tensor:
     return copy.requires_grad_(tensor.requires_grad)
 
 
-def side_stream(device: th.device) -> Any:
+def side_stream(device: th.device) -> th.cuda.Stream:
     """
     :param device: a GPU
     :return: the stream that graphs are warmed up and captured on, always the same, so that libraries have their workspace
@@ -211,7 +211,7 @@ def side_stream(device: th.device) -> Any:
 def warm_up(function: Callable, arguments: Sequence[Any], device: th.device) -> Any:
     """
     :param function: to call
-    :param arguments: its own
+    :param arguments: its own, tensors and constants
     :param device: a GPU
     :return: its result, made on the side stream
     """
@@ -226,9 +226,10 @@ def warm_up(function: Callable, arguments: Sequence[Any], device: th.device) -> 
 def capture(function: Callable, arguments: Sequence[Any], device: th.device) -> Capture:
     """
     :param function: to record; it is called, but does no work
-    :param arguments: its own
+    :param arguments: its own, tensors and constants
     :param device: a GPU
     :return: the graph
+    :raises Exception: whatever broke the capture off; the allocator is as before then
     """
     with th.cuda.device(device):
         graph, pool = th.cuda.CUDAGraph(), th.cuda.graph_pool_handle()

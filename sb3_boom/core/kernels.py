@@ -46,7 +46,7 @@ def load() -> None:
 
 def usable(x: th.Tensor) -> bool:
     """
-    :param x: what the kernel is to work on
+    :param x: what the kernel is to work on, any shape
     :return: whether it can, as a part of a compiled graph
     """
     if x.device.type != "cpu" or x.dtype != th.float32 or th.is_autocast_enabled("cpu"):

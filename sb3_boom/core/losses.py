@@ -31,19 +31,19 @@ class LossConfig:
     """
     Coefficients of the losses; see :class:`sb3_boom.BOOM` for their meaning and defaults.
 
-    :param gamma: discount
-    :param rho: ``ρ``, weight of a time step against the one before it
+    :param gamma: ``γ``, discount per agent step
+    :param rho: ``ρ``: step ``t`` weighs ``ρ^t``
     :param consistency_coef: of the latent consistency loss
     :param reward_coef: of the reward loss
     :param value_coef: of the critics' loss
     :param termination_coef: of the termination loss
-    :param ent_coef: of the policy's (scaled) log-probability
-    :param alignment: one of :data:`ALIGNMENTS`
+    :param ent_coef: of the policy's log-probability, scaled by ``A``
+    :param alignment: "release", "forward_kl", "reverse_kl" or "none", see :func:`alignment_likelihood`
     :param align_coef: of the alignment term
-    :param align_weighting: one of :data:`ALIGN_WEIGHTINGS`
-    :param align_temperature: ``τ_w`` of the soft value weights
+    :param align_weighting: "softmax" or "uniform", see :func:`value_weights`
+    :param align_temperature: ``τ_w`` of the soft value weights, in units of the Q scale ``S``
     :param align_warmup: whether actions that no planner made are imitated too
-    :param tau: Polyak factor, here for the Q scale
+    :param tau: ``τ``, Polyak factor per update, here of the Q scale
     """
 
     gamma: float
@@ -112,7 +112,7 @@ def draw_kept(shape: tuple[int, ...], dropout: float, device: th.device) -> th.T
     :param shape: of the result
     :param dropout: probability of dropping a unit, in (0, 1)
     :param device: where the result lives
-    :return: bool, False where dropped
+    :return: bool of that shape, False where dropped
     """
     if device.type == "cuda":
         return th.empty(shape, dtype=th.bool, device=device).bernoulli_(1.0 - dropout)
@@ -130,7 +130,7 @@ def time_weights(horizon: int, rho: float, like: th.Tensor) -> th.Tensor:
 
     :param horizon: ``H``
     :param rho: ``ρ``
-    :param like: tensor whose dtype and device to take
+    :param like: tensor of any shape, whose dtype and device to take
     :return: ``[H, 1, 1]``
     """
     return th.pow(rho, th.arange(horizon, dtype=like.dtype, device=like.device)).view(-1, 1, 1) / horizon
@@ -166,10 +166,10 @@ def td_target(
     :param next_latents: ``z̄_{t+1}``, ``[H, B, L]``
     :param rewards: ``[H, B, 1]``
     :param terminations: 1 where the step ended the episode by termination (a truncation bootstraps), ``[H, B, 1]``
-    :param gamma: discount
+    :param gamma: ``γ``, discount per agent step
     :param noise: standard normal ``[H, B, A]``
-    :param critic_pair: ``[2]`` int64
-    :return: ``[H, B, 1]``
+    :param critic_pair: ``i, j``, int64 ``[2]``
+    :return: ``y``, in the unit of the rewards, ``[H, B, 1]``
     """
     next_values = th.minimum(*critic_target.values(next_latents, actor.sample(next_latents, noise), critic_pair))
     return rewards + gamma * (1.0 - terminations) * next_values
@@ -190,7 +190,11 @@ def model_loss(
     noise: UpdateNoise,
 ) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
     """
-    Loss of world model and critics along a latent rollout (reference, section 5).
+    Loss of world model and critics along a latent rollout, ``z_0 = h(s_0)``, ``z_{t+1} = d(z_t, a_t)``: the sum over ``t`` of
+    ``ρ^t / H`` times
+
+    ``consistency_coef · (z_{t+1} - z̄_{t+1})² + reward_coef · CE(R(z_t, a_t), r_t) + value_coef · CE(Q_i(z_t, a_t), y_t)
+    + termination_coef · BCE(g(z_{t+1}), terminated_t)``.
 
     :param world_model: the world model
     :param actor: the policy, for the TD target
@@ -272,7 +276,7 @@ def update_scale(scale: th.Tensor, values: th.Tensor, tau: float) -> th.Tensor:
     :param scale: ``S``, scalar tensor
     :param values: Q-values of the policy loss's first time step, ``[B, 1]``
     :param tau: ``τ``
-    :return: the new ``S``
+    :return: the new ``S``, scalar
     """
     ordered = values.flatten().sort().values
     low, high = (_percentile(ordered, q) for q in (0.05, 0.95))
@@ -297,8 +301,8 @@ def value_weights(q: th.Tensor, valid: th.Tensor, weighting: str, temperature: f
 
     :param q: scaled Q-values ``[H, B, 1]``
     :param valid: bool ``[H, B, 1]``; invalid steps get weight 0
-    :param weighting: one of :data:`ALIGN_WEIGHTINGS`
-    :param temperature: ``τ_w``
+    :param weighting: "softmax" or "uniform"
+    :param temperature: ``τ_w``, in units of ``S``
     :return: ``[H, B, 1]``, no gradient
     """
     if weighting == "uniform":
@@ -318,7 +322,7 @@ def alignment_likelihood(
     scale: th.Tensor,
 ) -> th.Tensor:
     """
-    How well the policy agrees with the planner, ``ℓ`` (reference, section 6).
+    How well the policy agrees with the planner: ``ℓ``, higher is better.
 
     * ``release``: the authors' program. Pulls the policy's own sample towards the planner's action; off until the Q
       scale exceeds 2.
@@ -327,7 +331,7 @@ def alignment_likelihood(
     * ``reverse_kl``: KL(π‖β) with a Gaussian around the planner's action.
     * ``none``: 0.
 
-    :param alignment: one of :data:`ALIGNMENTS`
+    :param alignment: one of these
     :param mean: of the policy, before squashing, ``[H, B, A]``
     :param log_std: of the policy, ``[H, B, A]``
     :param noise: standard normal ``[H, B, A]``, of the policy's sample
@@ -335,6 +339,7 @@ def alignment_likelihood(
     :param planner_stds: ``σ_β``, ``[H, B, A]``
     :param scale: Q scale ``S``, scalar
     :return: ``[H, B, 1]``
+    :raises ValueError: for another ``alignment``
     """
     if alignment == "none":
         return th.zeros_like(mean[..., :1])
@@ -367,7 +372,9 @@ def policy_loss(
     noise: UpdateNoise,
 ) -> tuple[th.Tensor, th.Tensor, th.Tensor, dict[str, th.Tensor]]:
     """
-    Loss of the policy: its value, and its alignment with the planner (reference, section 6).
+    Loss of the policy: its value, and its alignment with the planner. It is the sum over ``t`` of ``ρ^t / H`` times
+
+    ``mean_B(ent_coef · log π(a|z) - min(Q_i, Q_j)(z, a) / S) - align_coef · Σ_B w ℓ``.
 
     :param actor: the policy
     :param critic: the critics, already stepped; they get no gradient
@@ -378,7 +385,9 @@ def policy_loss(
     :param valid: bool ``[H, B, 1]``
     :param scale: Q scale ``S`` before this update, scalar
     :param noise: randomness of the update
-    :return: the loss; the new Q scale; the Q-values, unscaled and detached, ``[H, B, 1]``; the terms by their logged name
+    :return: the loss; the new Q scale, scalar; the Q-values, unscaled and detached, ``[H, B, 1]``; the terms, scalars, by
+        their logged name
+    :raises ValueError: for an alignment that there is not
     """
     weights = time_weights(latents.shape[0], config.rho, latents)
     latents, planner_actions, planner_stds = (th.where(valid, x, 0.0) for x in (latents, planner_actions, planner_stds))

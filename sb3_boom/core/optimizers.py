@@ -49,7 +49,7 @@ def set_learning_rates(optimizer: th.optim.Optimizer, rates: Sequence[float], de
 def parameters_of(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
     """
     :param optimizer: any
-    :return: all of its parameters
+    :return: all of its parameters, group by group
     """
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 

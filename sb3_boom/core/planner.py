@@ -38,14 +38,14 @@ class PlannerConfig:
     :param n_samples: action sequences ``N`` scored in every iteration, policy trajectories included
     :param n_elites: best sequences ``K`` that shape the next distribution
     :param n_policy_samples: of the samples, the ``P`` that are rolled out by the policy
-    :param n_iterations: refinements of the distribution
+    :param n_iterations: ``I``, refinements of the distribution
     :param temperature: of the elites' weights ``exp(temperature * (value - best))``; unused by CEM
-    :param min_std: lower bound of the sampling std
+    :param min_std: lower bound of the sampling std, of actions in [-1, 1]
     :param max_std: upper bound of the sampling std, and its start
     :param horizon_value: what the critics say at the horizon: "mean" of a random pair, as the paper and TD-MPC2, or "min" of
         all, which plans can exploit less
-    :param horizon: steps ``H`` looked ahead before the critics take over
-    :param gamma: discount
+    :param horizon: agent steps ``H`` looked ahead before the critics take over
+    :param gamma: ``γ``, discount per agent step
     :param uniform_elites: weigh all elites alike, which is CEM
     :raises ValueError: for settings that no plan can be made with
     """
@@ -89,7 +89,7 @@ def make_config(
     :param planner_kwargs: some of :data:`PLANNER_KWARGS`; ``n_iterations`` may be "auto": 6, or 8 for A >= 20
     :param action_dim: ``A``
     :param horizon: ``H``
-    :param gamma: discount
+    :param gamma: ``γ``
     :return: the settings
     :raises ValueError: for an unknown planner or key, or a value that no plan can be made with
     """
@@ -108,6 +108,7 @@ def make_config(
 class PlannerNoise(NamedTuple):
     """
     All the randomness of one plan: standard normal, but for the last two.
+    ``I`` is the number of iterations.
 
     :param policy: ``[H, E, P, A]``, the policy trajectories'
     :param candidates: ``[I, H, E, N-P, A]``, the sampled sequences' of every iteration
@@ -133,7 +134,7 @@ class Plan(NamedTuple):
     :param planner_std: std of the first step's final distribution, ``σ_β``, ``[E, A]``
     :param mean: mean of the final distribution, the next plan's warm start, ``[E, H, A]``
     :param exploratory_action: the planner action with exploration noise, clamped, ``[E, A]``
-    :param value: value of the best elite, ``[E]``
+    :param value: value of the best elite, a discounted return in the unit of the rewards, ``[E]``
     :param statistics: how the plan came about, by :func:`statistic_names`, ``[E, S]``
     """
 
@@ -150,7 +151,7 @@ class Elites(NamedTuple):
     The best sequences of an iteration, best first.
 
     :param first_actions: ``[E, K, A]``
-    :param weights: ``[E, K]``
+    :param weights: sum to 1, ``[E, K]``
     :param values: ``[E, K]``, -inf where they are not finite
     :param by_policy: bool, whether the policy made them, ``[E, K]``
     """
@@ -219,8 +220,8 @@ def policy_trajectories(world_model: WorldModel, actor: Actor, z: th.Tensor, noi
 
 def end_probabilities(logits: th.Tensor) -> th.Tensor:
     """
-    :param logits: of the termination head, on reaching latents
-    :return: ``p``, how likely it is that the episode ends there
+    :param logits: of the termination head, on reaching latents, any shape
+    :return: ``p = σ(g(z))``, how likely it is that the episode ends there, same shape
     """
     return logits.sigmoid()
 

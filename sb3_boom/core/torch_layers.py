@@ -38,7 +38,7 @@ def separate_draws(draws: th.Tensor) -> Sequence[th.Tensor | Draw]:
 
 def compiles_for_gpu(x: th.Tensor) -> bool:
     """
-    :param x: an input
+    :param x: an input, of any shape
     :return: whether what is done with it is being compiled for a GPU, where to prepare a product's factors costs little
     """
     return x.device.type == "cuda" and th.compiler.is_compiling()
@@ -51,7 +51,7 @@ def aligned(x: th.Tensor) -> th.Tensor:
     size again takes as long as is saved.
 
     :param x: ``[..., in_features]``, the inputs or the weights
-    :return: the same, or with longer rows
+    :return: the same, or with longer rows: ``[..., in_features]`` rounded up to a multiple of 8
     """
     missing = -x.shape[-1] % ALIGNMENT
     return F.pad(x, (0, missing)) if missing and compiles_for_gpu(x) and not th.is_grad_enabled() else x
@@ -141,7 +141,7 @@ class MLP(nn.Sequential):
     """
     A multi-layer perceptron of LayerNorm + Mish layers; see :func:`mlp`.
 
-    :param layers: :class:`NormedLinear`, the last one possibly ``nn.Linear``
+    :param args: layers, :class:`NormedLinear`, the last one possibly ``nn.Linear``
     """
 
     def forward(self, x: th.Tensor) -> th.Tensor:
@@ -271,7 +271,7 @@ class EnsembleMLP(nn.Module):
         """
         :param x: ``[M, in_features]``
         :param members: see :meth:`EnsembleLinear.forward`
-        :param dropout_mask: see :meth:`EnsembleNormedLinear.forward`
+        :param dropout_mask: of the first layer, see :meth:`EnsembleNormedLinear.forward`
         :return: ``[n or m, M, out_features]``
         """
         if isinstance(members, Draw) or not kernels.usable(x):

@@ -12,7 +12,7 @@ ALIGNMENT = 16  # bytes; no number is wider
 
 @functools.cache
 def can_pin() -> bool:
-    """Whether there is memory that a GPU reads by itself: tried once per process, and else a warning tells."""
+    """:return: whether there is memory that a GPU reads by itself: tried once per process, and else a warning tells"""
     try:
         th.empty(1, pin_memory=True)
     except RuntimeError as error:
@@ -24,7 +24,7 @@ def can_pin() -> bool:
 
 def to_gpu(tensor: th.Tensor, device: th.device) -> th.Tensor:
     """
-    :param tensor: of a CPU
+    :param tensor: of a CPU, any shape
     :param device: a GPU
     :return: the same there, or soon; nobody waits for it
     """

@@ -28,7 +28,7 @@ class TwoHot(nn.Module):
     """
     A scalar as a distribution over bins spread evenly in symlog space.
 
-    :param n_bins: number of bins
+    :param n_bins: number of bins, at least 2
     :param low: the first bin's centre, in symlog space
     :param high: the last bin's centre, in symlog space
     """

@@ -11,6 +11,9 @@ class WorldModel(nn.Module):
     """
     Predicts latents, rewards and terminations; it never decodes observations.
 
+    Its networks are ``encoder`` (``h``), ``dynamics`` (``d``), ``reward`` (``R``) and ``termination`` (``g``: a logit, on
+    reaching a latent; None without). ``two_hot`` turns rewards into classes and back.
+
     :param features_dim: size ``F`` of the features extracted from an observation
     :param action_dim: number ``A`` of action dimensions
     :param latent_dim: size ``L`` of the latent
@@ -63,6 +66,6 @@ class WorldModel(nn.Module):
         """
         :param z: latents ``[..., L]``
         :param action: ``[..., A]``
-        :return: logits of the two-hot reward, ``[..., n_bins]``
+        :return: logits of the two-hot reward ``R(z, a)``, ``[..., n_bins]``
         """
         return self.reward(th.cat([z, action], dim=-1))

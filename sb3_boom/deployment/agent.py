@@ -35,9 +35,15 @@ class Agent:
 
     :param content: of an exported file
     :param metadata: of it
-    :param threads: of onnxruntime
+    :param threads: see :meth:`load`
     :param deadline_ms: see :meth:`load`
     :param seed: see :meth:`load`
+    :ivar metadata: of the file: spaces, normalisation, the planner's settings
+    :ivar deadline_ms: milliseconds, or None; may be changed between calls
+    :ivar plans: whether the file has a planner, or the policy prior alone
+    :ivar iterations_done: how many iterations the last call's plan has had
+    :raises ValueError: as :meth:`load`
+    :raises ImportError: without onnxruntime
     """
 
     def __init__(
@@ -80,16 +86,17 @@ class Agent:
         Load an exported file. It is data: nothing in it can run as a program.
 
         :param path: what :meth:`sb3_boom.BOOM.export` returned
-        :param threads: of onnxruntime. Default 1: a second one pays for large networks alone
+        :param threads: of onnxruntime, for one action. Default 1: a second one pays for large networks alone
         :param deadline_ms: milliseconds that a call may take: the planner stops after the last iteration that is sure to
             end by then, and the policy prior acts if there is none. Default None: all iterations
         :param seed: of the noise of calls that are not deterministic. Default None: from the system
-        :param max_bytes: refuse a larger file
+        :param max_bytes: refuse a larger file. Default: 2 GiB
         :param check: run it in a process of its own first, since a file made to hurt can end the one that onnxruntime is in.
             False saves a second for a file of one's own
         :return: an agent, which has run once
-        :raises ValueError: for a file that is damaged, of a later format, or no export
+        :raises ValueError: for a file that is damaged, of a later format, or no export; for a number outside of these
         :raises OSError: if it can't be read
+        :raises ImportError: without onnxruntime
         """
         content, metadata = model_file.read(path, max_bytes)
         reason = trial.run(content) if check else None
@@ -124,7 +131,7 @@ class Agent:
         """
         Forget the last plan, where an episode starts.
 
-        :param robots: indices or a mask of those whose episode starts. Default None: all
+        :param robots: indices, or a mask ``[n]``, of those whose episode starts. Default None: all
         """
         if robots is None:
             self._mean = None
@@ -142,12 +149,12 @@ class Agent:
         As :meth:`sb3_boom.BOOM.predict`, so that ``evaluate_policy(agent, env)`` works; the agent's own warm start is neither
         used nor changed. Numpy draws other random numbers than torch, so the actions are others, as good.
 
-        :param observation: of one robot, or a batch
+        :param observation: of one robot, or a batch ``[n, ...]``
         :param state: the warm start, as returned by the last call: ``(mean,)`` with ``[n, H, A]``. Default None: cold
-        :param episode_start: bool ``[n]``, where to drop the warm start
+        :param episode_start: bool ``[n]``, where to drop the warm start. Default None: nowhere
         :param deterministic: take the heaviest elite, and draw all noise from a generator seeded by the observation's float32
             bytes: the same observation and state give the same action
-        :return: actions, and the next state
+        :return: the action, or ``[n, ...]``, and the next state; None without a planner
         :raises ValueError: as when called
         """
         batch, vectorized = self._batch(observation)
@@ -166,8 +173,9 @@ class Agent:
         """
         The policy without planning: its squashed mean.
 
-        :param observation: of one robot, or a batch
+        :param observation: of one robot, or a batch ``[n, ...]``
         :return: the action, or ``[n, ...]``
+        :raises ValueError: as when called
         """
         batch, vectorized = self._batch(observation)
         actions = self._prior_action(batch)
@@ -183,6 +191,7 @@ class Agent:
         :param mean: the warm start ``[n, H, A]``
         :param noise: as :meth:`draw_noise`, of as many iterations as there are to be
         :return: actions ``[n, ...]``, and mean and std of the final distribution, ``[n, H, A]``
+        :raises ValueError: for an observation of another shape, or not finite; for noise of another shape
         """
         batch, _ = self._batch(observation)
         feeds = {**batch, "mean": mean, **{f"noise.{name}": value for name, value in noise.items()}}

@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -16,6 +16,9 @@ from sb3_boom.boom import BOOM
 from sb3_boom.core.planner import statistic_names
 from sb3_boom.inspection import figures, verdict
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 CHOSEN = (0.1, 0.5, 0.9)  # of an episode: the steps whose plans are shown
 
 
@@ -24,18 +27,18 @@ class Inspection:
     """
     What was found.
 
+    :param title: of the page
     :param sentences: the verdict
-    :param numbers: behind it, by name
+    :param numbers: behind it, by name: returns, biases (both in the unit of the rewards), errors and shares
     :param figures: matplotlib's, by title
     :param captions: what each says, by title
     :param notes: what could not be looked at, and why
-    :param title: of the page
     """
 
     title: str
     sentences: list[verdict.Sentence] = field(default_factory=list)
     numbers: dict[str, float] = field(default_factory=dict)
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, "Figure"] = field(default_factory=dict)
     captions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -62,7 +65,7 @@ class Inspection:
             figure.savefig(path.parent / f"{path.stem}-{title.lower().replace(' ', '-')}.png", dpi=120, facecolor="white")
         return path
 
-    def attempt(self, title: str, caption: str, draw: Callable[[], Any]) -> None:
+    def attempt(self, title: str, caption: str, draw: Callable[[], "Figure"]) -> None:
         """
         Draw a figure, or note why there is none.
 
@@ -109,8 +112,8 @@ def inspect(
     :param env: to act in, not the one that the model learns in, or its id
     :param n_episodes: of planner and prior each
     :param seed: of environments and generators
-    :param max_steps: of either, after which episodes are cut
-    :return: verdict and figures; ``save`` writes the page
+    :param max_steps: steps of either, after which episodes are cut
+    :return: verdict and figures; :meth:`Inspection.save` writes the page
     :raises ImportError: without matplotlib or jinja2
     :raises ValueError: if the environment's spaces are not the model's
     """

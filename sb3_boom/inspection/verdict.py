@@ -13,8 +13,10 @@ NOTHING = np.zeros(0)
 @dataclass(frozen=True)
 class Sentence:
     """
+    A part of the verdict.
+
     :param about: "world model", "critics", "planner" or "reward"
-    :param healthy: whether it is within the thresholds above; None where nothing could be measured
+    :param healthy: whether it is within what runs that learn keep within; None where nothing could be measured
     :param text: of the verdict
     """
 
