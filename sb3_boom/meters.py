@@ -143,7 +143,7 @@ class Meters:
 
     def add_seconds(self, name: str, seconds: float, count: int, n_first: int = 1) -> None:
         """
-        Count a duration, but for the first ones of its kind, which may include compiling.
+        Count a duration, except the first ones of its kind, which may include compiling.
 
         :param name: what took the time
         :param seconds: how long it took

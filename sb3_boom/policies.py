@@ -64,7 +64,7 @@ class BOOMPolicy(BasePolicy):
     :param simnorm_dim: features per simplex of the latent, a divisor of ``latent_dim``; None switches SimNorm off.
         Default "auto": 8, and None for 24 <= A <= 48 (the dogs), as the authors' release
     :param dropout: probability of dropping a unit in the critics' first layer, in the losses only
-    :param features_extractor_class: Features extractor to use, in front of the encoder. Default None: FlattenExtractor;
+    :param features_extractor_class: Features extractor to use, before the encoder. Default None: FlattenExtractor;
         NatureCNN for CnnPolicy, CombinedExtractor for MultiInputPolicy
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
     :param normalize_images: Whether to divide images by 255, to [0, 1]
@@ -87,7 +87,7 @@ class BOOMPolicy(BasePolicy):
     :ivar actor: the policy ``π``
     :ivar critic: the critics ``Q_i``
     :ivar critic_target: the target critics ``Q̄_i``
-    :ivar features_extractor: in front of the encoder, from observations to features ``[n, F]``
+    :ivar features_extractor: before the encoder, from observations to features ``[n, F]``
     :ivar planner_config: the planner's settings, a :class:`~sb3_boom.core.planner.PlannerConfig`
     :ivar model_optimizer: of features extractor, world model and critics
     :ivar actor_optimizer: of the policy

@@ -219,7 +219,7 @@ def policy_gradients(
 def trained(*networks: th.nn.Module) -> list[th.Tensor]:
     """
     :param networks: any
-    :return: their parameters, but for those that a user has frozen
+    :return: their parameters, except those that a user has frozen
     """
     return [parameter for network in networks for parameter in network.parameters() if parameter.requires_grad]
 

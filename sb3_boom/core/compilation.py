@@ -24,7 +24,7 @@ def compiled(function: Callable) -> Callable:
     """
     Compile a function, once per process. Graphs are specialised on shapes, and kept out of models and their pickles.
 
-    :param function: a function of tensors, modules and constants without graph breaks, but for gradients by
+    :param function: a function of tensors, modules and constants without graph breaks, except gradients by
         ``torch.autograd.grad``, which belong to the graph with torch 2.11 or later
     :return: the compiled function, which compiles at its first call
     """

@@ -107,7 +107,7 @@ def make_config(
 
 class PlannerNoise(NamedTuple):
     """
-    All the randomness of one plan: standard normal, but for the last two.
+    All the randomness of one plan: standard normal, except the last two.
     ``I`` is the number of iterations.
 
     :param policy: ``[H, E, P, A]``, the policy trajectories'

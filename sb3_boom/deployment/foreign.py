@@ -150,7 +150,7 @@ def _box(told: Any, what: str) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _observation_space(told: Any) -> spaces.Box:
-    """Bounds do not matter to the networks, but for an image's. :param told: what SB3 writes beside its pickle"""
+    """Bounds do not matter to the networks, except an image's. :param told: what SB3 writes beside its pickle"""
     shape, dtype = _box(told, "observation_space")
     if dtype == np.uint8:
         return spaces.Box(0, 255, shape, np.uint8)

@@ -36,7 +36,7 @@ class UnboundedMish(nn.Module):
 class ProductSimNorm(nn.Module):
     """
     SimNorm for inputs that are known to be small: groups are summed by a matrix product, since a softmax over eight
-    neighbours costs more than the layer in front of it.
+    neighbours costs more than the layer before it.
 
     :param features: size ``L`` of the latent
     :param group_size: features per simplex

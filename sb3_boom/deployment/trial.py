@@ -42,7 +42,7 @@ def main() -> None:
     """What runs in the other process: the file comes through a pipe."""
     content = sys.stdin.buffer.read()
     limit_resources(len(content))
-    # a robot's other packages are not needed, but for numpy and onnxruntime
+    # a robot's other packages are not needed, except numpy and onnxruntime
     from sb3_boom.deployment import agent, model_file
 
     try:
