@@ -15,9 +15,10 @@ import pytest
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_boom.cluster import RayVecEnv, connection, run_grid
+from sb3_boom.cluster import RayVecEnv, connection, grid, run_grid, task
 from sb3_boom.cluster.storage import Claim, Mirror, Storage
 from sb3_boom.cluster.table import Table
+from sb3_boom.files import FolderLock
 
 try:
     import ray
@@ -31,7 +32,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def cluster():
     """A Ray of this machine that ends with the module."""
-    connection.connect(num_cpus=2, object_store_memory=80_000_000)
+    connection.connect(num_cpus=2, num_gpus=1, object_store_memory=80_000_000)  # a GPU that is only declared
     yield
     ray.shutdown()
 
@@ -119,6 +120,16 @@ def test_without_ray_the_extra_is_named(monkeypatch, tmp_path):
         run_grid([("Pendulum-v1", "forward_kl")], [0], 20, tmp_path / "r.csv", tmp_path, ROOT / "zoo_hyperparams/boom-cpu.yml")
 
 
+def test_a_ray_that_can_not_be_imported_is_told_from_none(monkeypatch, tmp_path):
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/__init__.py").write_text("raise ImportError('libssl.so.1: no such file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "ray"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"libssl.* --force-reinstall .*sb3_boom\[ray\]"):
+        connection.import_ray()
+
+
 @needs_ray
 @pytest.mark.parametrize(("address", "message"), [("127.0.0.1:9", "no Ray cluster at"), ("nonsense", "host:port")])
 def test_an_address_that_does_not_answer_is_named_within_seconds(address, message, monkeypatch):
@@ -176,6 +187,82 @@ def test_only_what_has_changed_is_copied(tmp_path):
     assert other.n_bytes == 0
 
 
+class Away(Exception):
+    """As of a protocol's package, no OSError."""
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A storage by URL, and how many of its next calls fail."""
+    storage, failures = Storage(f"memory://{time.monotonic_ns()}", patience=5.0), []
+    monkeypatch.setattr("sb3_boom.cluster.storage.RETRY_S", 0.01)
+
+    def call(method, *args):
+        if failures:
+            raise failures.pop()
+        return method(*args)
+
+    for name in ("cat_file", "pipe_file", "rm_file", "find", "put_file", "get_file"):
+        monkeypatch.setattr(storage.fs, name, functools.partial(call, getattr(storage.fs, name)))
+    return storage, failures
+
+
+def test_a_storage_that_is_away_for_a_moment_is_waited_for(bucket, tmp_path):
+    storage, failures = bucket
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/rows.csv").write_text("rows")
+    calls = (
+        lambda: Mirror(storage, "run", tmp_path / "here").push(),
+        lambda: Mirror(storage, "run", tmp_path / "there").fetch(),
+        lambda: storage.write("run/file", b"more"),
+        lambda: storage.remove("run/file"),
+        lambda: storage.names("run"),
+    )
+    for call in calls:
+        failures += [Away("no answer")] * 2
+        call()
+        assert not failures
+    assert (tmp_path / "there/rows.csv").read_text() == "rows" and storage.names("run") == ["rows.csv"]
+    storage.patience = 0.0
+    failures.append(Away("no answer"))
+    with pytest.raises(OSError, match=r"memory://.*: Away: no answer"):
+        storage.names("run")
+
+
+def test_a_claim_outlives_a_storage_that_is_away(bucket, monkeypatch):
+    storage, failures = bucket
+    storage.patience = 0.0
+    monkeypatch.setattr("sb3_boom.cluster.storage.SETTLE_S", 0.0)
+    claim = Claim(storage, "run", "a", lease_s=0.1)
+    assert claim.take()
+    failures += [Away("no answer")] * 3
+    deadline = time.monotonic() + 10.0
+    while failures and time.monotonic() < deadline:
+        time.sleep(0.01)
+    seen = storage.read("run/claim.json")
+    while storage.read("run/claim.json") == seen and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert storage.read("run/claim.json") != seen  # it goes on to renew it
+    claim.release()
+
+
+def test_a_claim_is_not_written_late(bucket):
+    storage, failures = bucket
+    failures.append(Away("no answer"))  # the storage is patient, a claim is not: another's may be there by then
+    with pytest.raises(OSError, match="no answer"):
+        Claim(storage, "run", "a")._write(0)
+
+
+def test_what_a_killed_run_leaves_on_a_node_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(task, "LEFT_S", -1.0)
+    for name in ("dead", "alive"):
+        (tmp_path / f"{task.ON_A_NODE}{name}").mkdir()
+        (tmp_path / f"{task.ON_A_NODE}{name}/lock").touch()
+    with FolderLock(tmp_path / f"{task.ON_A_NODE}alive"):
+        task._remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{task.ON_A_NODE}alive"]
+
+
 def test_one_process_has_a_run_until_it_lets_go_or_dies(tmp_path, monkeypatch):
     monkeypatch.setattr("sb3_boom.cluster.storage.SETTLE_S", 0.0)
     storage = Storage(tmp_path)
@@ -205,6 +292,71 @@ def test_the_table_counts_what_runs_and_how_long_it_will():
 
 
 # --------------------------------------------------------------------------- grids
+
+
+@needs_ray
+def test_runs_share_a_gpu_and_see_no_other(cluster, tmp_path, monkeypatch):
+    def instead_of_training(work, run, board, unchanged=None):
+        begin = time.time()
+        time.sleep(1.0)
+        text = json.dumps([begin, time.time(), os.environ.get("CUDA_VISIBLE_DEVICES")])
+        (pathlib.Path(work.storage.root) / f"seed-{run[2]}").write_text(text)
+        return task.Result(task.DONE)
+
+    monkeypatch.setattr(grid, "train_run", instead_of_training)
+    arguments = [("Pendulum-v1", "forward_kl")], range(4), 20, tmp_path / "r.csv", tmp_path
+    hyperparams = ROOT / "zoo_hyperparams/boom-cpu.yml"
+    assert run_grid(*arguments, hyperparams, num_cpus=0.1, num_gpus=0.5) == 0  # by its CPUs, ten would fit
+    spans = [json.loads(path.read_text()) for path in tmp_path.glob("seed-*")]
+    assert len(spans) == 4 and {devices for _, _, devices in spans} == {"0"}
+    at_once = [sum(begin <= moment < end for begin, end, _ in spans) for moment, _, _ in spans]
+    assert max(at_once) == 2
+
+
+OUT_OF_MEMORY = """
+import os, pathlib, time
+os.environ.update(RAY_memory_usage_threshold="0.01", RAY_memory_monitor_refresh_ms="100")  # whatever runs is too much
+from sb3_boom.cluster import grid
+
+def instead_of_training():
+    time.sleep(60)
+
+def work(self, ray, remote, *_):  # without the board, which would be killed first, and always
+    print(*self._result(ray, remote.remote()))
+    return 1
+
+grid.train_run, grid.check_nodes, grid.Driver.work = instead_of_training, lambda *_: "marker", work
+place, hyperparams = pathlib.Path("PLACE"), pathlib.Path("zoo_hyperparams/boom-cpu.yml")
+grid.run_grid([("Pendulum-v1", "forward_kl")], [0], 20, place / "r.csv", place, hyperparams, max_retries=1)
+"""
+
+
+@needs_ray
+def test_a_run_that_is_always_out_of_memory_is_given_up(tmp_path):
+    script = OUT_OF_MEMORY.replace("PLACE", str(tmp_path))
+    command = [sys.executable, "-c", script]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert "failed OutOfMemoryError" in process.stdout, process.stderr
+
+
+@needs_ray
+def test_a_node_that_has_a_folder_of_its_own_is_named(tmp_path, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    small = dict(num_cpus=1, include_dashboard=False, object_store_memory=80_000_000)
+    monkeypatch.setenv("HOME", str(tmp_path / "one"))
+    cluster = Cluster(initialize_head=True, head_node_args=small)
+    try:
+        monkeypatch.setenv("HOME", str(tmp_path / "two"))
+        other = cluster.add_node(**small)
+        monkeypatch.setenv("HOME", str(tmp_path / "one"))
+        command = [sys.executable, "-m", "sb3_boom", "benchmark", "run", "--cpu", "--tasks", "Pendulum-v1", "--steps", "20"]
+        command += ["--ray", cluster.address, "--storage", "file://~/runs", "--csv", str(tmp_path / "r.csv")]
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    finally:
+        cluster.shutdown()
+    assert process.returncode and "1 of 2 nodes can't take runs" in process.stderr, process.stderr
+    assert f"{other.node_id[:8]}): it does not see file://~/runs as the driver does" in process.stderr
 
 
 @needs_ray

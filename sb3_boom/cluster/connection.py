@@ -33,8 +33,10 @@ def import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when it is imported
     try:
         return importlib.import_module("ray")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ImportError('Ray is not installed: pip install "sb3_boom[ray]"') from error
+    except ImportError as error:
+        raise ImportError(f'Ray can not be imported ({error}): pip install --force-reinstall "sb3_boom[ray]"') from error
 
 
 def connect(address: str = LOCAL, **kwargs: Any) -> bool:
@@ -151,7 +153,10 @@ def check_nodes(storage: Storage, tasks: Sequence[str], num_cpus: float, num_gpu
             f"{most['GPU']:g} GPUs"
         )
     marker = uuid.uuid4().hex
-    storage.write(f".markers/{marker}", marker.encode())
+    try:
+        storage.write(f".markers/{marker}", marker.encode())
+    except OSError as error:
+        raise ValueError(f"--storage {storage.url} can't be written: {error}") from error
     probe = ray.remote(num_cpus=0, max_retries=1)(what_is_wrong_here)
     asked = {}
     for node in able:

@@ -56,7 +56,8 @@ def run_grid(
     :param address: see :func:`sb3_boom.cluster.connection.connect`; default: ``RAY_ADDRESS``, else local
     :param num_cpus: of a run, which are its threads, too
     :param num_gpus: of a run; a fraction lets several share one
-    :param max_retries: how often a run is started anew after its process or node died
+    :param max_retries: how often a run is started anew after its process or node died, and as often after Ray killed it
+        for want of memory (only where Ray was not connected before)
     :param lease_s: seconds after which a run of a driver that was killed is free for another one
     :return: number of runs that failed
     :raises ImportError: without Ray
@@ -65,6 +66,8 @@ def run_grid(
     :raises KeyboardInterrupt: after Ctrl-C or SIGTERM, once all runs are stored
     """
     overrides = overrides or {}
+    # what Ray kills for want of memory it starts anew for ever otherwise, and does not count as retries
+    os.environ.setdefault("RAY_task_oom_retries", str(max_retries))
     ray = import_ray()
     place = Storage(storage)
     ours = connect(address or os.environ.get("RAY_ADDRESS") or LOCAL)
@@ -82,6 +85,7 @@ def run_grid(
         if not todo:
             return 0
         marker = check_nodes(place, sorted({task for task, _, _ in todo}), num_cpus, num_gpus)
+        place.patience = lease_s / 2  # less than a lease, or what is written late may be another attempt's
         work = Work(
             place, steps, eval_freq, n_eval_episodes, hyperparams.read_text(), overrides, uuid.uuid4().hex, marker,
             versions(), max(1, int(num_cpus)), lease_s,

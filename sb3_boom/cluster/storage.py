@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,6 +18,7 @@ from sb3_boom.files import replacing
 LEASE_S = 60.0  # after which a run whose claim nobody has renewed is free
 SETTLE_S = 1.0  # in which a claim written at the same moment is seen
 BEATS = 4  # per lease
+RETRY_S = 1.0  # between two tries to reach a storage that is away
 LAST = ("manifest.json", "rows.csv")  # they tell that what they name is there
 NOT_STORED = ("lock", "claim.json")
 
@@ -32,11 +34,15 @@ class Storage:
     A plain path is a folder that every node sees, and runs work in it. A URL (``s3://``, ``gs://``, ``file://``, ...) is
     fsspec's: runs work in a folder of their node, whose changed files are copied there.
 
+    What fails is an ``OSError``, whichever errors the protocol's package has.
+
     :param url: a path or a URL
+    :param patience: seconds in which a storage that can't be reached is tried again; local files are not
     :raises ValueError: if fsspec does not know the protocol, or its package is not installed
     """
 
-    def __init__(self, url: str | Path) -> None:
+    def __init__(self, url: str | Path, patience: float = 0.0) -> None:
+        self.patience = patience
         self.is_folder = "://" not in str(url)
         self.url = str(Path(url).absolute()) if self.is_folder else str(url)
         try:
@@ -45,7 +51,7 @@ class Storage:
             raise ValueError(f"--storage {url}: {error}") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Storage, (self.url,)
+        return Storage, (self.url, self.patience)
 
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"
@@ -57,29 +63,51 @@ class Storage:
         """
         self.fs.invalidate_cache()
         try:
-            return self.fs.cat_file(self._path(name))
+            return self._call(self.fs.cat_file, self._path(name))
         except FileNotFoundError:
             return None
 
-    def write(self, name: str, data: bytes) -> None:
+    def _call(self, method: Callable[..., Any], *arguments: Any, patience: float | None = None) -> Any:
+        """
+        :param method: of the file system
+        :param arguments: its arguments
+        :param patience: instead of the storage's
+        :return: what it returned
+        :raises OSError: if it failed until patience ended
+        """
+        deadline = time.monotonic() + (self.patience if patience is None else patience)
+        while True:
+            try:
+                return method(*arguments)
+            except (FileNotFoundError, PermissionError):  # the storage's answer
+                raise
+            except Exception as error:
+                if isinstance(self.fs, LocalFileSystem):
+                    raise
+                if time.monotonic() > deadline:
+                    raise OSError(f"{self.url}: {type(error).__name__}: {error}") from error
+            time.sleep(RETRY_S)
+
+    def write(self, name: str, data: bytes, patience: float | None = None) -> None:
         """
         Replace a file; whoever reads it sees all of one version or of the other.
 
         :param name: of the file
         :param data: what to hold
+        :param patience: instead of the storage's
         """
         if isinstance(self.fs, LocalFileSystem):
             with replacing(Path(self._path(name))) as file:
                 file.write(data)
         else:
-            self.fs.pipe_file(self._path(name), data)
+            self._call(self.fs.pipe_file, self._path(name), data, patience=patience)
 
     def remove(self, name: str) -> None:
         """
         :param name: of a file, which may be gone
         """
         with contextlib.suppress(FileNotFoundError):
-            self.fs.rm_file(self._path(name))
+            self._call(self.fs.rm_file, self._path(name))
 
     def put(self, path: Path, name: str) -> None:
         """
@@ -91,7 +119,14 @@ class Storage:
                 while chunk := source.read(1 << 20):
                     file.write(chunk)
         else:
-            self.fs.put_file(str(path), self._path(name))
+            self._call(self.fs.put_file, str(path), self._path(name))
+
+    def get(self, name: str, path: Path) -> None:
+        """
+        :param name: of a file there
+        :param path: of the file here
+        """
+        self._call(self.fs.get_file, self._path(name), str(path))
 
     def names(self, folder: str) -> list[str]:
         """
@@ -100,7 +135,7 @@ class Storage:
         """
         self.fs.invalidate_cache()
         start = self._path(folder).rstrip("/") + "/"
-        found = self.fs.find(start)
+        found = self._call(self.fs.find, start)
         start = start.lstrip("/")
         return sorted(path.lstrip("/").removeprefix(start) for path in found)
 
@@ -126,7 +161,7 @@ class Mirror:
             if path.name in NOT_STORED or path.name.startswith("."):
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.storage.fs.get_file(self.storage._path(f"{self.name}/{name}"), str(path))
+            self.storage.get(f"{self.name}/{name}", path)
             self._there[name] = self._state(path)
 
     @staticmethod
@@ -177,7 +212,8 @@ class Claim:
 
     def _write(self, beat: int) -> None:
         claim = {"owner": self.owner, "driver": self.driver, "beat": beat, "host": os.uname().nodename, "pid": os.getpid()}
-        self.storage.write(self.file, json.dumps(claim).encode())
+        # not tried again: after a while somebody else's may be there
+        self.storage.write(self.file, json.dumps(claim).encode(), patience=0.0)
 
     def _is_mine(self) -> bool:
         found = self.storage.read(self.file)

@@ -1,6 +1,7 @@
 """What a node does for a grid: one run, from its last checkpoint on."""
 
 import contextlib
+import os
 import shutil
 import tempfile
 import time
@@ -21,7 +22,9 @@ from sb3_boom.files import FolderLock
 
 Run = tuple[str, str, int]  # task, variant, seed
 REPORT_S = 5.0  # between two reports of a run
+LEFT_S = 10.0  # that a lock is old before it can be a leftover's
 ROWS = "rows.csv"
+ON_A_NODE = "sb3_boom_run_"  # how the folders begin that runs with a URL work in
 DONE, BUSY, FAILED = "done", "busy", "failed"
 
 
@@ -187,14 +190,30 @@ def _folder(work: Work, run: Run) -> Iterator[tuple[Path, Callable[[], None]]]:
         _wait_for(runner.checkpoint_folder(folder), work.lease_s)
         yield folder, lambda: None
         return
-    folder = Path(tempfile.mkdtemp(prefix="sb3_boom_")) / name_of(run)
+    _remove_leftovers(Path(tempfile.gettempdir()))
+    folder = Path(tempfile.mkdtemp(prefix=ON_A_NODE)) / name_of(run)
     folder.mkdir()
     try:
-        mirror = Mirror(work.storage, name_of(run), folder)
-        mirror.fetch()
-        yield folder, mirror.push
+        with FolderLock(folder.parent):
+            mirror = Mirror(work.storage, name_of(run), folder)
+            mirror.fetch()
+            yield folder, mirror.push
     finally:
         shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def _remove_leftovers(place: Path) -> None:
+    """
+    Remove what attempts that were killed have left on this node, whose disk it would fill.
+
+    :param place: where their folders are
+    """
+    for folder in place.glob(f"{ON_A_NODE}*"):
+        with contextlib.suppress(OSError):  # in use, or of another user
+            age = time.time() - (folder / "lock").stat().st_mtime  # just made, it is locked in a moment
+            if age > LEFT_S and os.name != "nt":
+                with FolderLock(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait_for(folder: Path, timeout: float) -> None:
