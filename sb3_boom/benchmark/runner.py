@@ -60,6 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "two_updates": {"gradient_steps": 2},
     "gamma_0.99": {"gamma": 0.99},
     "tau_0.01": {"tau": 0.01},
+    "mean_tau_0.01": {"tau": 0.01, "planner_kwargs": {"horizon_value": "mean"}},  # BOOM's own defaults
     "policy_samples_64": {"planner_kwargs": {"n_policy_samples": 64}},
 }
 
