@@ -1,7 +1,7 @@
 """
-How to act deterministically, on the models of a benchmark's grid: by the heaviest elite, which is `deterministic=True`, by a
-random elite, as the paper evaluates, by the mean of the planner's last distribution, or by the policy prior
-(`make evidence-acting`). With `--planner` the planner has other settings than those it learned with.
+How to act, on the models of a benchmark's grid: by the elites' mean ("last mean"), which is `deterministic=True`, by the
+heaviest elite, by a random elite, as the paper evaluates, or by the policy prior (`make evidence-acting`). With `--planner`,
+the planner has other settings than those it learned with.
 
     python benchmarks/acting.py --tasks Hopper-v5 --variants forward_kl --folder logs/evidence/settings --csv acting.csv \
         --planner max_std=0.2
@@ -17,6 +17,7 @@ import csv
 import dataclasses
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch as th
@@ -28,9 +29,9 @@ from sb3_boom.benchmark.runner import checkpoint_folder, run_folder
 COLUMNS = ("task", "variant", "seed", "agent_steps", "acting", "planner", "episodes", "mean", "std")
 
 
-class LastMean:
+class HeaviestElite:
     """
-    Acts by the first step of the last distribution's mean.
+    Acts by the heaviest elite.
 
     :param model: whose planner to use
     """
@@ -39,9 +40,16 @@ class LastMean:
         self.model = model
 
     def predict(self, observation, state=None, episode_start=None, deterministic=True):
-        """As :meth:`sb3_boom.BOOM.predict`, of which this takes the next warm start: it holds the distribution's mean."""
-        _, state = self.model.predict(observation, state, episode_start, deterministic=True)
-        return self.model.policy.to_action_space(state[0][:, 0]), state
+        """As :meth:`sb3_boom.BOOM.predict`, with noise that picks another elite."""
+        policy = self.model.policy
+        drawn = policy._deterministic_noise
+
+        def heaviest(obs):
+            noise = drawn(obs)
+            return noise._replace(elite=th.zeros_like(noise.elite))
+
+        with mock.patch.object(policy, "_deterministic_noise", heaviest):
+            return self.model.predict(observation, state, episode_start, deterministic=True)
 
 
 def main() -> None:
@@ -76,9 +84,9 @@ def main() -> None:
                 model = BOOM.load(checkpoint.newest_whole(checkpoint_folder(run)).path / "model.zip")
                 model.policy.planner_config = dataclasses.replace(model.policy.planner_config, **changed)
                 ways: dict[str, tuple[Any, bool]] = {
-                    "heaviest elite": (model, True),
+                    "heaviest elite": (HeaviestElite(model), True),
                     "random elite": (model, False),
-                    "last mean": (LastMean(model), True),
+                    "last mean": (model, True),
                     **({} if changed else {"policy prior": (model.prior, True)}),
                 }
                 for acting, (actor, deterministic) in ways.items():

@@ -303,7 +303,7 @@ class BOOMPolicy(BasePolicy):
 
         :param obs: observations ``[E, ...]``, not preprocessed
         :param previous_mean: warm start, the last plan's mean, ``[E, H, A]``; zeros where an episode starts
-        :param deterministic: take the heaviest elite, and draw all noise from generators seeded by the observations
+        :param deterministic: take the elites' mean, and draw all noise from generators seeded by the observations
         :return: the plan
         """
         with th.no_grad():
@@ -355,7 +355,7 @@ class BOOMPolicy(BasePolicy):
             th.cat(candidates, dim=2),
             th.cat(terminal, dim=1),
             th.cat(exploration),
-            th.zeros_like(th.cat(elite)),
+            th.full_like(th.cat(elite), th.inf),
             pairs,
         )
 
@@ -380,7 +380,7 @@ class BOOMPolicy(BasePolicy):
         :param state: the planner's warm start, as returned by the last call: ``(mean,)`` with ``[n_envs, H, A]``.
             Default None: a cold start
         :param episode_start: bool ``[n_envs]``, where to drop the warm start. Default None: nowhere
-        :param deterministic: True takes the heaviest elite and seeds all noise by the observation: the same observation
+        :param deterministic: True takes the elites' mean and seeds all noise by the observation: the same observation
             and state give the same action. False draws the elite by its weight, with fresh noise, as the paper evaluates
         :return: the action, or ``[n_envs, ...]`` for a batch, within the action space's bounds and of its dtype; and the next
             state, for the next call

@@ -187,6 +187,7 @@ def test_one_observation_is_a_batch_of_one_and_deterministic_in_any_batch(export
     assert state[0].shape == (4, model.horizon, model.policy.action_dim)
     again, _ = agent.predict(obs, deterministic=True)
     assert (again == batch).all()
+    assert np.allclose(batch, model.policy.to_action_space(state[0][:, 0]), atol=TOLERANCE)  # the elites' mean
     assert (batch >= model.action_space.low).all() and (batch <= model.action_space.high).all()
 
 

@@ -258,7 +258,7 @@ def test_std_stays_within_its_bounds():
     assert th.allclose(make_plan(world, config=config).planner_std, th.tensor(0.2))
 
 
-def test_elite_is_drawn_by_its_weight_and_without_noise_the_heaviest():
+def test_elite_is_drawn_by_its_weight_without_noise_the_heaviest_and_by_infinite_noise_the_mean():
     world = KnownWorld(lambda z, action: action[..., :1])
     config = replace(CONFIG, n_iterations=1, temperature=2.0)
     noise = planner.draw_noise(config, 1, 2, 5, CPU)
@@ -270,6 +270,8 @@ def test_elite_is_drawn_by_its_weight_and_without_noise_the_heaviest():
         noise.candidates[0], noise.terminal[0], noise.critic_pairs[0], SEEN,
     )  # fmt: skip
     assert th.equal(first.planner_action[0], elites[0, 0])
+    averaged = make_plan(world, config=config, noise=noise._replace(elite=th.full((1, config.n_elites), th.inf)))
+    assert th.equal(averaged.planner_action, averaged.mean[:, 0]) and not th.equal(averaged.planner_action[0], elites[0, 0])
     draws = planner.draw_noise(replace(config, n_samples=16), 4000, 2, 5, CPU).elite
     picked = (weights.log() + draws).argmax(dim=1)
     frequency = th.bincount(picked, minlength=config.n_elites) / len(picked)

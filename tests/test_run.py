@@ -200,6 +200,7 @@ def test_predict_hands_over_its_warm_start_as_state():
     action, state = model.predict(obs, deterministic=True)
     assert isinstance(state, tuple)
     assert state[0].shape == (2, 3, 1)
+    np.testing.assert_array_equal(action, model.policy.to_action_space(state[0][:, 0]))  # the elites' mean
     warm, _ = model.predict(obs, state=state, deterministic=True)
     cold, _ = model.predict(obs, state=state, episode_start=np.array([True, True]), deterministic=True)
     mixed, _ = model.predict(obs, state=state, episode_start=np.array([True, False]), deterministic=True)

@@ -221,7 +221,7 @@ def test_deterministic_prediction_is_the_same_alone_in_a_batch_and_in_another_pr
     model.save(tmp_path / "model")
     np.save(tmp_path / "batch.npy", batch)
     program = (
-        "import sys, numpy as np, torch as th; th.set_num_threads(1); from sb3_boom import BOOM; "
+        "import sys, numpy as np; from sb3_boom import BOOM; import torch as th; th.set_num_threads(1); "
         "model = BOOM.load(sys.argv[1] + '/model'); "
         "np.save(sys.argv[1] + '/actions.npy', model.predict(np.load(sys.argv[1] + '/batch.npy'), deterministic=True)[0])"
     )

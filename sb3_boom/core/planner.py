@@ -114,7 +114,7 @@ class PlannerNoise(NamedTuple):
     :param candidates: ``[I, H, E, N-P, A]``, the sampled sequences' of every iteration
     :param terminal: ``[I, E, N, A]``, the policy's at the horizon
     :param exploration: ``[E, A]``, added to the chosen action while training
-    :param elite: ``[E, K]`` standard Gumbel, picks the elite; zeros pick the heaviest
+    :param elite: ``[E, K]`` standard Gumbel, picks the elite; zeros pick the heaviest, infinity the mean of all
     :param critic_pairs: ``[I, 2]`` int64, the critics used in every iteration
     """
 
@@ -373,12 +373,14 @@ def choose(first_actions: th.Tensor, weights: th.Tensor, elite_noise: th.Tensor,
 
     :param first_actions: the elites', ``[E, K, A]``
     :param weights: the elites', ``[E, K]``
-    :param elite_noise: standard Gumbel ``[E, K]``; zeros pick the heaviest
+    :param elite_noise: standard Gumbel ``[E, K]``; zeros pick the heaviest. Where the first is infinite, the action is the
+        mean's instead
     :param mean: of the final distribution, ``[H, E, A]``
     :return: the action ``[E, A]``; NaN for an environment whose plan failed
     """
     chosen = (weights.log() + elite_noise).argmax(dim=1)
     action = first_actions.gather(1, chosen[:, None, None].expand(-1, 1, first_actions.shape[2])).squeeze(1)
+    action = th.where(elite_noise[:, :1].isinf(), mean[0], action)
     return th.where(th.isfinite(mean[0]), action, th.nan)
 
 

@@ -152,7 +152,7 @@ class Agent:
         :param observation: of one robot, or a batch ``[n, ...]``
         :param state: the warm start, as returned by the last call: ``(mean,)`` with ``[n, H, A]``. Default None: cold
         :param episode_start: bool ``[n]``, where to drop the warm start. Default None: nowhere
-        :param deterministic: take the heaviest elite, and draw all noise from a generator seeded by the observation's float32
+        :param deterministic: take the elites' mean, and draw all noise from a generator seeded by the observation's float32
             bytes: the same observation and state give the same action
         :return: the action, or ``[n, ...]``, and the next state; None without a planner
         :raises ValueError: as when called
@@ -232,7 +232,7 @@ class Agent:
             noises.append(self.draw_noise(1, np.random.default_rng(int.from_bytes(digest, "little"))))
         axes = dict(policy=1, candidates=2, terminal=1, elite=0)
         noise = {name: np.concatenate([one[name] for one in noises], axis=axis) for name, axis in axes.items()}
-        noise["elite"][:] = 0.0
+        noise["elite"][:] = np.inf  # the graph takes the mean
         noise["critic_pairs"] = self._draw_pairs(np.random.default_rng(PAIRS_SEED))
         return noise
 

@@ -188,8 +188,8 @@ def planner(pieces: Mapping[str, onnx.ModelProto], sizes: Sizes, observations: S
         node("Transpose", ["std"], ["resume.std"], perm=[1, 0, 2]),
         node("Slice", ["mean", first, last, last], ["resume.step"]),
         node("Expand", ["resume.step", weights.constant([1, sizes.n_elites, 1])], ["resume.first_actions"]),
-        node("Mul", ["noise.elite", weights.constant(0.0, np.float32)], ["resume.zeros"]),
-        node("Add", ["resume.zeros", weights.constant(1.0 / sizes.n_elites, np.float32)], ["resume.weights"]),
+        node("Shape", ["noise.elite"], ["resume.shape"]),
+        node("Expand", [weights.constant(1.0 / sizes.n_elites, np.float32), "resume.shape"], ["resume.weights"]),
     ]
     nodes = [
         node("Shape", ["noise.critic_pairs"], ["n_iterations"], start=0, end=1),
