@@ -76,7 +76,8 @@ class Hog(gym.Wrapper):
     def step(self, action: Any) -> Any:
         """:param action: the environment's. :return: its step"""
         if self.order.exists() and self.order.read_text() == str(os.getpid()):
-            block, taken = GIB // 16, []
+            block = GIB // 16
+            taken: list[np.ndarray] = []
             while len(taken) * block < MOST:
                 taken.append(np.ones(block, dtype=np.uint8))
                 time.sleep(0.02)
@@ -127,7 +128,7 @@ class Grid:
         others = {"RAY_memory_monitor_refresh_ms": "0"}  # all nodes are this machine, and would kill a run each
         with environment(PYTHONPATH=os.pathsep.join(paths)):
             with environment(**others):
-                self.cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, **small))
+                self.cluster: Any = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, **small))
             with environment(**monitor or others):
                 self.nodes = [self.cluster.add_node(num_cpus=1, object_store_memory=80_000_000)]
             with environment(**others):
