@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -344,6 +345,11 @@ def test_a_node_that_has_a_folder_of_its_own_is_named(tmp_path, monkeypatch):
     from ray.cluster_utils import Cluster
 
     small = dict(num_cpus=1, include_dashboard=False, object_store_memory=80_000_000)
+    token = pathlib.Path.home() / ".ray/auth_token"  # there is one if a cluster was started before
+    for home in ("one", "two"):
+        (tmp_path / home / ".ray").mkdir(parents=True)
+        if token.exists():
+            shutil.copy(token, tmp_path / home / ".ray")
     monkeypatch.setenv("HOME", str(tmp_path / "one"))
     cluster = Cluster(initialize_head=True, head_node_args=small)
     try:

@@ -1,5 +1,6 @@
 """The way to a Ray cluster, and what its nodes must have in common before anything runs there."""
 
+import contextlib
 import importlib
 import os
 import platform
@@ -7,7 +8,7 @@ import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -62,6 +63,25 @@ def connect(address: str = LOCAL, **kwargs: Any) -> bool:
     except (ConnectionError, RuntimeError) as error:  # a version of Ray or of Python that differs, a token that is wrong, ...
         raise ConnectionError(f"no Ray cluster at {address}: {error}") from error
     return True
+
+
+@contextlib.contextmanager
+def oom_retries(number: int) -> Iterator[None]:
+    """
+    For a process that connects meanwhile: how often Ray starts a task anew that it killed for want of memory. Otherwise
+    that is for ever, as Ray does not count it among a task's retries.
+
+    :param number: of times; not where ``RAY_task_oom_retries`` is set
+    """
+    name = "RAY_task_oom_retries"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(number)
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _check_reachable(address: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sb3_boom.benchmark import rows, runner
-from sb3_boom.cluster.connection import LOCAL, check_nodes, connect, import_ray, versions
+from sb3_boom.cluster.connection import LOCAL, check_nodes, connect, import_ray, oom_retries, versions
 from sb3_boom.cluster.storage import BEATS, LEASE_S, Storage
 from sb3_boom.cluster.table import Table
 from sb3_boom.cluster.task import BUSY, DONE, ROWS, Board, Run, Work, name_of, rows_in, train_run
@@ -66,11 +66,10 @@ def run_grid(
     :raises KeyboardInterrupt: after Ctrl-C or SIGTERM, once all runs are stored
     """
     overrides = overrides or {}
-    # what Ray kills for want of memory it starts anew for ever otherwise, and does not count as retries
-    os.environ.setdefault("RAY_task_oom_retries", str(max_retries))
     ray = import_ray()
     place = Storage(storage)
-    ours = connect(address or os.environ.get("RAY_ADDRESS") or LOCAL)
+    with oom_retries(max_retries):
+        ours = connect(address or os.environ.get("RAY_ADDRESS") or LOCAL)
     try:
         driver = Driver(place, csv, lease_s)
         seeds = list(seeds)
