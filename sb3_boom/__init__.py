@@ -1,6 +1,7 @@
 """BOOM (Bootstrap Off-policy with World Model) for Stable-Baselines3."""
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from sb3_boom.core import processor
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from sb3_boom.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 
 __version__ = "0.1.0"
+
+if importlib.util.find_spec("torch") is not None:  # it is not there where exported models act
+    processor.use_all_instructions()  # before torch is imported
 
 
 _MODULES = {
@@ -26,7 +30,6 @@ __all__ = ["BOOM", "CnnPolicy", "MlpPolicy", "MultiInputPolicy", "WeightedReplay
 def __getattr__(name: str) -> Any:
     # lazily, so that what needs torch alone imports without SB3
     if name in _MODULES:
-        processor.use_all_instructions()  # before torch is imported
         return getattr(importlib.import_module(f"sb3_boom.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

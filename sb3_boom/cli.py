@@ -17,8 +17,6 @@ from typing import Any, NoReturn
 
 import gymnasium as gym
 
-from sb3_boom.core import processor
-
 USAGE = """usage: sb3-boom [--traceback] COMMAND [--cpu | --paper] ...
 
 commands, of which the first five take rl_zoo3's options (sb3-boom COMMAND --help):
@@ -262,7 +260,6 @@ def _output_is_closed() -> bool:
 
 def main() -> None:
     """Entry point of ``sb3-boom``."""
-    processor.use_all_instructions()  # before torch is imported
     arguments = sys.argv[1:]
     traceback = "--traceback" in arguments[:1]
     arguments = arguments[1:] if traceback else arguments

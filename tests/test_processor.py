@@ -75,6 +75,7 @@ def test_products_are_right_and_nothing_is_lost_where_the_package_comes_first(tm
     gains = processor.gains(processor.CPUINFO.read_text())
     for _ in range(2):  # compiled, then from the cache
         assert run("from sb3_boom import BOOM", tmp_path) == f"{gains} True None"
+    assert run("import sb3_boom.callbacks", tmp_path) == f"{gains} True None"  # whichever part of it comes first
     assert list(tmp_path.rglob("*.so")) == ([tmp_path / "sb3_boom" / "mkl_serv_intel_cpu_true.so"] if gains else [])
     assert run("from sb3_boom import BOOM", tmp_path, SB3_BOOM_MKL="0").startswith("False True")
     assert run("import torch; from sb3_boom import BOOM", tmp_path).startswith("False True")
