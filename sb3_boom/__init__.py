@@ -1,7 +1,6 @@
 """BOOM (Bootstrap Off-policy with World Model) for Stable-Baselines3."""
 
 import importlib
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from sb3_boom.core import processor
@@ -13,8 +12,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-if importlib.util.find_spec("torch") is not None:  # it is not there where exported models act
-    processor.use_all_instructions()  # before torch is imported
+processor.use_all_instructions()  # before torch is imported
 
 
 _MODULES = {

@@ -9,6 +9,7 @@ processors.
 """
 
 import ctypes
+import importlib.util
 import os
 import pathlib
 import platform
@@ -41,7 +42,7 @@ def use_all_instructions() -> None:
     """
     global _answered, _reason
     on_linux = platform.system() == "Linux" and platform.machine() == "x86_64" and CPUINFO.exists()
-    if _answered or not on_linux or not gains(CPUINFO.read_text(errors="replace")):
+    if _answered or not on_linux or not gains(CPUINFO.read_text(errors="replace")) or not _has_torch():
         return
     if _is_preloaded():
         _answered = True
@@ -63,6 +64,14 @@ def why_slow() -> str | None:
     :return: None, or why matrix products on this processor run at half of their speed, and what to do
     """
     return None if _reason is None else f"matrix products run at half of this AMD processor's speed: {_reason}"
+
+
+def _has_torch() -> bool:
+    """Whether torch is installed: it is not where exported models act."""
+    try:
+        return importlib.util.find_spec("torch") is not None
+    except (ImportError, ValueError):  # it can't be found out
+        return False
 
 
 def _is_preloaded() -> bool:
