@@ -9,7 +9,7 @@ the planner has other settings than those it learned with.
 Rows that the CSV has already are not made again.
 """
 
-from sb3_boom import BOOM, checkpoint, zoo  # before torch, for fast products: see core/processor.py
+from sb3_boom import BOOM, zoo  # before torch, for fast products: see core/processor.py
 
 # isort: split
 import argparse
@@ -23,8 +23,9 @@ import numpy as np
 import torch as th
 import yaml
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import sync_envs_normalization
 
-from sb3_boom.benchmark.runner import checkpoint_folder, run_folder
+from sb3_boom.benchmark.runner import checkpoint_folder, entry_of_a_run, run_folder
 
 COLUMNS = ("task", "variant", "seed", "agent_steps", "acting", "planner", "episodes", "mean", "std")
 
@@ -81,7 +82,8 @@ def main() -> None:
         for variant in args.variants:
             for seed in args.seeds:
                 run = run_folder(args.folder, task, variant, seed)
-                model = BOOM.load(checkpoint.newest_whole(checkpoint_folder(run)).path / "model.zip")
+                entry = entry_of_a_run(task, variant, args.conf_file)
+                model = BOOM.resume(checkpoint_folder(run), zoo.make_env(task, entry, seed, entry.get("n_envs", 1)))
                 model.policy.planner_config = dataclasses.replace(model.policy.planner_config, **changed)
                 ways: dict[str, tuple[Any, bool]] = {
                     "heaviest elite": (HeaviestElite(model), True),
@@ -94,7 +96,9 @@ def main() -> None:
                     if key in done:
                         continue
                     th.manual_seed(seed)
-                    env = zoo.make_env(task, zoo.entry(args.conf_file, task), seed + 2000, args.episodes)
+                    env = zoo.make_env(task, entry, seed + 2000, args.episodes, evaluates=True)
+                    if model.get_vec_normalize_env() is not None:
+                        sync_envs_normalization(model.get_env(), env)
                     returns, _ = evaluate_policy(
                         actor, env, args.episodes, deterministic=deterministic, return_episode_rewards=True
                     )

@@ -12,7 +12,9 @@ import csv
 import json
 import pathlib
 
-from sb3_boom.benchmark.runner import checkpoint_folder
+from stable_baselines3.common.vec_env import sync_envs_normalization
+
+from sb3_boom.benchmark.runner import checkpoint_folder, entry_of_a_run
 
 COLUMNS = ("run", "agent_steps", "about", "healthy", "name", "value")
 
@@ -35,8 +37,12 @@ def main() -> None:
             if not (run.is_dir() and checkpoint.is_there(checkpoint_folder(run))):
                 continue
             task = next(env_id for name, env_id in tasks.items() if run.name.startswith(f"{name}_"))
-            model = BOOM.load(checkpoint.newest_whole(checkpoint_folder(run)).path / "model.zip")
-            env = zoo.make_env(task, zoo.entry(zoo.hyperparams_file(cpu=True), task), 3000, 1)
+            variant = run.name.removeprefix(f"{task.replace('/', '-')}_").rpartition("_")[0]
+            entry = entry_of_a_run(task, variant, zoo.hyperparams_file(cpu=True))
+            model = BOOM.resume(checkpoint_folder(run), zoo.make_env(task, entry, 0, entry.get("n_envs", 1)))
+            env = zoo.make_env(task, entry, 3000, evaluates=True)
+            if model.get_vec_normalize_env() is not None:
+                sync_envs_normalization(model.get_env(), env)
             found = model.inspect(env, n_episodes=args.episodes, max_steps=1000 * args.episodes)
             for sentence in found.sentences:
                 writer.writerow((run.name, model.num_timesteps, sentence.about, sentence.healthy, "verdict", sentence.text))

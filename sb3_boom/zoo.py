@@ -14,12 +14,12 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS, get_wrapper_class
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import get_device
-from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
 
 from sb3_boom import BOOM
 from sb3_boom.presets import choose_preset
 
-OF_THE_ENVIRONMENT = ("n_envs", "n_timesteps", "env_wrapper", "env_kwargs", "frame_stack")
+OF_THE_ENVIRONMENT = ("n_envs", "n_timesteps", "env_wrapper", "env_kwargs", "frame_stack", "normalize")
 ENVIRONMENT_PACKAGES = ("shimmy", "humanoid_bench")  # they register their environments when imported
 MAX_YAML_BYTES = 2**20
 MAX_YAML_ITEMS = 100_000
@@ -119,15 +119,27 @@ def settings_of_the_model(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key not in OF_THE_ENVIRONMENT}
 
 
-def make_env(env_id: str, entry: dict[str, Any], seed: int, n_envs: int = 1, monitor_dir: str | None = None) -> VecEnv:
+def make_env(
+    env_id: str,
+    entry: dict[str, Any],
+    seed: int,
+    n_envs: int = 1,
+    monitor_dir: str | None = None,
+    evaluates: bool = False,
+) -> VecEnv:
     """
     :param env_id: a Gymnasium id
     :param entry: its entry of a hyperparameter file
     :param seed: of the environments
     :param n_envs: number of environments
     :param monitor_dir: where to log episodes; default: nowhere
+    :param evaluates: whether a ``VecNormalize`` leaves rewards as they are and its statistics to the training environment's
     :return: the environments, wrapped as the entry says
+    :raises ValueError: for a ``normalize`` that is neither a boolean nor a mapping
     """
+    normalize = entry.get("normalize", False)
+    if not isinstance(normalize, bool | dict):
+        raise ValueError(f"normalize must be true, false or a mapping of VecNormalize's arguments, not {normalize!r}")
     env = make_vec_env(
         env_id,
         n_envs=n_envs,
@@ -136,6 +148,9 @@ def make_env(env_id: str, entry: dict[str, Any], seed: int, n_envs: int = 1, mon
         wrapper_class=get_wrapper_class(entry),
         env_kwargs=entry.get("env_kwargs"),
     )
+    if normalize is not False:
+        settings = {key: entry[key] for key in ("gamma",) if key in entry} | (normalize if isinstance(normalize, dict) else {})
+        env = VecNormalize(env, **settings | (dict(training=False, norm_reward=False) if evaluates else {}))
     return VecFrameStack(env, entry["frame_stack"]) if "frame_stack" in entry else env
 
 

@@ -107,7 +107,7 @@ def main() -> None:
     monitor_dir = None if args.random else str(folder)
     env = zoo.make_env(args.env, entry, args.seed, entry.get("n_envs", 1), monitor_dir)
     # another number of environments would be another plan to compile
-    eval_env = zoo.make_env(args.env, entry, args.seed + 1000, n_envs=args.eval_envs or env.num_envs)
+    eval_env = zoo.make_env(args.env, entry, args.seed + 1000, n_envs=args.eval_envs or env.num_envs, evaluates=True)
 
     if args.random:
         mean, _ = evaluate_policy(RandomActions(eval_env, args.seed), eval_env, args.eval_episodes)  # type: ignore[arg-type]
@@ -124,6 +124,9 @@ def main() -> None:
     if not evaluations.timesteps or evaluations.timesteps[-1] != model.num_timesteps:
         evaluations.evaluate()
     model.save(folder / "model.zip")
+    normalizer = model.get_vec_normalize_env()
+    if normalizer is not None:  # the model acts on what it normalises
+        normalizer.save(str(folder / "vecnormalize.pkl"))
     plot(folder / "learning_curve.png", evaluations, f"BOOM on {args.env}, seed {args.seed}")
 
     print(f"planner:      mean return {np.mean(evaluations.planner_returns[-1]):.1f} over {args.eval_episodes} episodes")

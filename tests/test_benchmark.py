@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stable_baselines3.common.vec_env import VecNormalize, is_vecenv_wrapped
 
 from sb3_boom import cli, zoo
 from sb3_boom.benchmark import baselines, export, report, rows, runner
@@ -244,9 +245,13 @@ def test_variants_are_settings_of_the_model(variant, monkeypatch):
     monkeypatch.setattr(runner.BOOM, "__init__", noted)
     file, overrides = zoo.hyperparams_file(True), {**SMALL, **OTHERS}
     overrides["planner_kwargs"] = {**overrides["planner_kwargs"], "n_samples": 64}  # room for every variant
+    overrides["normalize"] = True
     runner.train_one("Pendulum-v1", variant, 0, 30, 30, Path("results.csv"), Path("run"), file, 1, overrides)
     assert [row.run for row in table()] == [("Pendulum-v1", variant, 0)]
-    for name, value in runner.VARIANTS[variant].items():
+    changed = dict(runner.VARIANTS[variant])
+    assert is_vecenv_wrapped(made[0]["env"], VecNormalize) == changed.get("normalize", True)
+    changed.pop("normalize", None)
+    for name, value in changed.items():
         value = value(1) if callable(value) else value
         assert made[0][name] == (overrides[name] | value if isinstance(value, dict) else value)
 
@@ -410,6 +415,20 @@ def test_other_algorithms_run_on_the_same_grid_and_go_on_where_they_stopped(vari
     assert all(row.variant == variant and row.planner_return == row.prior_return < 0 for row in table())
     report.write([Path("results.csv")], Path("page.md"))
     assert Path("page-Pendulum-v1.png").exists()
+
+
+def test_evaluations_see_observations_as_the_model_does_and_other_algorithms_see_them_raw(monkeypatch):
+    seen = []
+    evaluate = runner.EvaluationLog.evaluate
+    monkeypatch.setattr(runner.EvaluationLog, "evaluate", lambda self: evaluate(self) or seen.append(self))
+    file = zoo.hyperparams_file(True)
+    overrides = {**SMALL, **OTHERS, "normalize": {"norm_reward": True}}
+    runner.train_one("Pendulum-v1", "forward_kl", 0, 30, 30, Path("results.csv"), Path("run"), file, 1, overrides)
+    (log,) = seen
+    assert log.eval_env.obs_rms.count == log.training_env.obs_rms.count > 1
+    assert not log.eval_env.norm_reward and not log.eval_env.training
+    theirs = baselines.entry(dict(n_envs=4, normalize=True, tau=0.1))
+    assert theirs == dict(n_envs=4, **baselines.settings())
 
 
 def test_settings_of_boom_are_refused_for_another_algorithm(monkeypatch, capsys):

@@ -54,9 +54,9 @@ def test_entry_makes_a_model_that_trains(path, env_id):
     if zoo.missing_package(env_id):
         pytest.skip(zoo.missing_package(env_id))
     entry = yaml.safe_load(path.read_text())[env_id]
-    assert int(entry.pop("n_timesteps")) >= 1000
-    env = make_vec_env(env_id, n_envs=entry.pop("n_envs", 1), wrapper_class=get_wrapper_class(entry), seed=0)
-    entry.pop("env_wrapper", None)
+    assert int(entry["n_timesteps"]) >= 1000
+    env = zoo.make_env(env_id, entry, 0, entry.get("n_envs", 1))
+    entry = zoo.settings_of_the_model(entry)
     small = dict(entry, learning_starts=8, pretrain_steps=1, batch_size=8, seed=0, buffer_size=1000)
     small["policy_kwargs"] = dict(entry.get("policy_kwargs", {}), model_size="tiny", compile=False)
     small["planner_kwargs"] = dict(entry.get("planner_kwargs", {}), **TINY["planner_kwargs"])
@@ -69,8 +69,19 @@ def test_entry_makes_a_model_that_trains(path, env_id):
 
 
 def test_settings_of_rl_zoo3_alone_are_named():
-    with pytest.raises(ValueError, match=r"normalize: no argument of BOOM.*sb3-boom train"):
-        zoo.settings_of_the_model(dict(n_envs=2, tau=0.1, normalize=True))
+    with pytest.raises(ValueError, match=r"noise_type: no argument of BOOM.*sb3-boom train"):
+        zoo.settings_of_the_model(dict(n_envs=2, tau=0.1, normalize=True, noise_type="normal"))
+
+
+def test_observations_are_normalized_as_the_entry_says_and_evaluations_leave_statistics_and_rewards_alone():
+    assert zoo.make_env("Pendulum-v1", dict(normalize=False), 0).reset().std() > 0
+    assert zoo.make_env("Pendulum-v1", dict(normalize=True, gamma=0.9), 0).gamma == 0.9
+    entry = dict(normalize=dict(norm_obs=False), frame_stack=2)
+    for evaluates in (False, True):
+        env = zoo.make_env("Pendulum-v1", entry, 0, evaluates=evaluates).venv
+        assert (env.norm_obs, env.norm_reward, env.training) == (False, not evaluates, not evaluates)
+    with pytest.raises(ValueError, match=r"normalize must be true, false or a mapping .*, not 'dict\(\)'"):
+        zoo.make_env("Pendulum-v1", dict(normalize="dict()"), 0)
 
 
 def test_both_files_have_the_same_environments_and_all_of_the_paper():

@@ -5,6 +5,8 @@ from typing import Any
 
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
+from sb3_boom import zoo
+
 ALGORITHMS = {"SAC": "stable_baselines3", "TQC": "sb3_contrib", "CrossQ": "sb3_contrib"}
 LEARNING_STARTS = 1_000
 
@@ -22,3 +24,12 @@ def settings() -> dict[str, Any]:
     :return: constructor arguments of all of them, beside ``env`` and ``seed``: their defaults after a longer warm-up
     """
     return {"policy": "MlpPolicy", "learning_starts": LEARNING_STARTS}
+
+
+def entry(ours: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param ours: BOOM's entry of a hyperparameter file
+    :return: theirs: the same wrappers and environments, observations as they come, their own defaults
+    """
+    shared = {key: ours[key] for key in zoo.OF_THE_ENVIRONMENT if key in ours and key != "normalize"}
+    return shared | settings()

@@ -62,6 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tau_0.01": {"tau": 0.01},
     "mean_tau_0.01": {"tau": 0.01, "planner_kwargs": {"horizon_value": "mean"}},  # BOOM's own defaults
     "policy_samples_64": {"planner_kwargs": {"n_policy_samples": 64}},
+    "raw_observations": {"normalize": False},
 }
 
 
@@ -83,6 +84,23 @@ def check_variant(variant: str, overrides: dict[str, Any]) -> None:
         raise ValueError(f"{variant} runs by its own defaults: leave -params ({', '.join(overrides)}) out, or {variant}")
 
 
+def entry_of_a_run(task: str, variant: str, hyperparams: Path, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """
+    What a run's environments are made of, and its model, but for what the variant changes there (:func:`changes`);
+    parameters as :func:`train_one`.
+
+    :param task: environment id
+    :param variant: see :func:`check_variant`
+    :param hyperparams: hyperparameter file
+    :param overrides: settings instead of the file's
+    :return: an entry of a hyperparameter file
+    """
+    entry = zoo.entry(hyperparams, task) | (overrides or {})
+    if variant in baselines.ALGORITHMS:
+        return baselines.entry(entry)
+    return entry | {name: value for name, value in VARIANTS[variant].items() if name in zoo.OF_THE_ENVIRONMENT}
+
+
 def settings_of_a_run(
     task: str, variant: str, steps: int, csv: Path | str, hyperparams: Path, overrides: dict[str, Any] | None = None
 ) -> str:
@@ -97,9 +115,7 @@ def settings_of_a_run(
     :param overrides: settings instead of the file's
     :return: as JSON
     """
-    entry = zoo.entry(hyperparams, task) | (overrides or {})
-    if variant in baselines.ALGORITHMS:
-        entry = {key: entry[key] for key in zoo.OF_THE_ENVIRONMENT if key in entry} | baselines.settings()
+    entry = entry_of_a_run(task, variant, hyperparams, overrides)
     place = csv if isinstance(csv, str) else str(csv.resolve())
     return json.dumps(dict(entry, variant=variant, steps=steps, csv=place), default=repr, indent=2)
 
@@ -140,9 +156,9 @@ def train_one(
     identity = settings_of_a_run(task, variant, steps, place, hyperparams, overrides)
     _check_folder(folder, identity, csv, (task, variant, seed))
     check_variant(variant, overrides or {})
-    entry = zoo.entry(hyperparams, task) | (overrides or {})
+    entry = entry_of_a_run(task, variant, hyperparams, overrides)
     env = zoo.make_env(task, entry, seed, entry.get("n_envs", 1))
-    eval_env = zoo.make_env(task, entry, seed + 1000, n_eval_episodes)
+    eval_env = zoo.make_env(task, entry, seed + 1000, n_eval_episodes, evaluates=True)
     algorithm: type[OffPolicyAlgorithm]
     log_class: type[EvaluationLog]
     if variant in baselines.ALGORITHMS:
@@ -201,10 +217,12 @@ def changes(variant: str, settings: dict[str, Any], action_dim: int) -> dict[str
     :param variant: a key of :data:`VARIANTS`
     :param settings: of the hyperparameter file
     :param action_dim: number of action dimensions
-    :return: the settings that the variant changes
+    :return: the model's settings that the variant changes
     """
     changed = {}
     for name, value in VARIANTS[variant].items():
+        if name in zoo.OF_THE_ENVIRONMENT:
+            continue
         if callable(value):
             value = value(action_dim)
         changed[name] = {**(settings.get(name) or {}), **value} if isinstance(value, dict) else value
