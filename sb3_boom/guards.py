@@ -1,10 +1,12 @@
-"""Learning that has gone wrong is stopped before it is saved over what was right."""
+"""Learning that has gone wrong is stopped before it is saved over what was right, and no action is NaN."""
 
 import math
 import warnings
 from typing import Any
 
+import numpy as np
 import torch as th
+from stable_baselines3.common.policies import BasePolicy
 
 UPDATES_PER_CHECK = 100  # a look at the parameters waits for the device
 STEPS_WITHOUT_A_DRAW = 1_000
@@ -63,3 +65,36 @@ def warn_of_nothing_to_draw(horizon: int) -> None:
         'steps since warm-up, so that nothing is learned: use sampling="uniform", a TimeLimit, or a shorter horizon',
         stacklevel=2,
     )
+
+
+def finite_actions(actions: th.Tensor) -> np.ndarray:
+    """
+    Bring planned actions to the host, where a failed plan is seen without another synchronisation.
+
+    :param actions: ``[E, A]``
+    :return: the same as an array
+    :raises ValueError: if a plan failed
+    """
+    array = actions.cpu().numpy()
+    if not np.isfinite(array).all():
+        raise ValueError(
+            "planning failed: no action sequence has a finite value, so the networks have diverged. "
+            "Check the rewards' and observations' range, or lower learning_rate"
+        )
+    return array
+
+
+def check_observation(policy: BasePolicy, observation: Any) -> None:
+    """
+    :param policy: whose ``predict`` it is
+    :param observation: what that was given
+    :raises ValueError: for what would end in an action of NaN, and for what SB3 refuses
+    """
+    if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
+        BasePolicy.predict(policy, observation)  # type: ignore[arg-type]  # raises SB3's own message
+    for key, value in (observation if isinstance(observation, dict) else {"": observation}).items():
+        array = np.asarray(value)
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            where = tuple(np.argwhere(~np.isfinite(array))[0].tolist())
+            name = f"observation[{key!r}]" if key else "observation"
+            raise ValueError(f"predict() was given an {name} that is NaN or infinite at index {where}")

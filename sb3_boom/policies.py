@@ -24,6 +24,7 @@ from sb3_boom.core.planner import Plan, PlannerConfig, PlannerNoise, make_config
 from sb3_boom.core.torch_layers import set_mode
 from sb3_boom.core.transfer import send
 from sb3_boom.core.world_model import WorldModel
+from sb3_boom.guards import check_observation, finite_actions
 
 # name: (enc_dim, mlp_dim, latent_dim, n_critics, n_enc_layers); all but "tiny" are TD-MPC2's
 MODEL_SIZES: dict[str, tuple[int, int, int, int, int]] = {
@@ -489,39 +490,6 @@ def encode_and_plan(
             noise,
             policy.terminations_seen,
         )
-
-
-def finite_actions(actions: th.Tensor) -> np.ndarray:
-    """
-    Bring planned actions to the host, where a failed plan is seen without another synchronisation.
-
-    :param actions: ``[E, A]``
-    :return: the same as an array
-    :raises ValueError: if a plan failed
-    """
-    array = actions.cpu().numpy()
-    if not np.isfinite(array).all():
-        raise ValueError(
-            "planning failed: no action sequence has a finite value, so the networks have diverged. "
-            "Check the rewards' and observations' range, or lower learning_rate"
-        )
-    return array
-
-
-def check_observation(policy: BasePolicy, observation: Any) -> None:
-    """
-    :param policy: whose ``predict`` it is
-    :param observation: what that was given
-    :raises ValueError: for what would end in an action of NaN, and for what SB3 refuses
-    """
-    if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
-        BasePolicy.predict(policy, observation)  # type: ignore[arg-type]  # raises SB3's own message
-    for key, value in (observation if isinstance(observation, dict) else {"": observation}).items():
-        array = np.asarray(value)
-        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-            where = tuple(np.argwhere(~np.isfinite(array))[0].tolist())
-            name = f"observation[{key!r}]" if key else "observation"
-            raise ValueError(f"predict() was given an {name} that is NaN or infinite at index {where}")
 
 
 class CnnPolicy(BOOMPolicy):

@@ -3,7 +3,8 @@
 import numpy as np
 import torch as th
 
-from sb3_boom.policies import BOOMPolicy, check_observation
+from sb3_boom.guards import check_observation
+from sb3_boom.policies import BOOMPolicy
 
 
 class PolicyPrior:

@@ -24,6 +24,7 @@ ROOMS = [
     ("update", "presets", "prior", "checks", "meters", "progress", "logs", "foresight", "diagnostics"),
     ("waits", "checkpoint"),
     "saving",
+    "collection",
     "boom",
     "probing",
     "evaluation",
