@@ -136,6 +136,7 @@ def main() -> None:
         ("learning curve", folder / "learning_curve.png"),
         ("training episodes", folder / "0.monitor.csv"),
         ("evaluations", evaluations.path),
+        *([("normalisation", folder / "vecnormalize.pkl")] if normalizer is not None else []),
     ):
         print(f"{what + ':':18} {path}")
 
