@@ -5,6 +5,7 @@ import hashlib
 import os
 import pathlib
 import pickle
+import sys
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -157,3 +158,15 @@ class FolderLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def hint_at_statistics(model: pathlib.Path) -> None:
+    """
+    Print a line for every ``vecnormalize.pkl`` where rl_zoo3 or a user would have put it for a model. It is a pickle, so it is
+    loaded only where it was asked for.
+
+    :param model: the zip
+    """
+    for path in (model.parent / "vecnormalize.pkl", *sorted(model.parent.glob("*/vecnormalize.pkl"))):
+        if path.exists():
+            print(f"{path} is left out: if the model was trained with it, add --vec-normalize {path}", file=sys.stderr)

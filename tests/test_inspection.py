@@ -89,8 +89,12 @@ def test_the_command_writes_a_page(model, tmp_path, monkeypatch, capsys):
     model.save(tmp_path / "model.zip")
     command = ["sb3-boom", "inspect", str(tmp_path / "model.zip"), "--env", "Pendulum-v1", "--episodes", "1"]
     monkeypatch.setattr(sys, "argv", [*command, "--max-steps", "30"])
+    (tmp_path / "Pendulum-v1").mkdir()
+    (tmp_path / "Pendulum-v1" / "vecnormalize.pkl").touch()  # as rl_zoo3 leaves it
     cli.main()
-    assert (tmp_path / "model.html").exists() and "promise" in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert (tmp_path / "model.html").exists() and "promise" in output.out
+    assert "vecnormalize.pkl is left out" in output.err
     monkeypatch.setattr(sys, "argv", command[:3])
     with pytest.raises(SystemExit):
         cli.main()

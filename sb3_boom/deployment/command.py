@@ -45,14 +45,12 @@ def _export_trusted(args: argparse.Namespace) -> pathlib.Path:
 
     from sb3_boom import BOOM
     from sb3_boom.deployment.export import export
+    from sb3_boom.files import hint_at_statistics
 
     normalizer = load_from_pkl(args.vec_normalize) if args.vec_normalize else None
     if normalizer is not None and not isinstance(normalizer, VecNormalize):
         raise ValueError(f"{args.vec_normalize} is no VecNormalize, but a {type(normalizer).__name__}")
     model = BOOM.load(args.model, device="cpu")
     if normalizer is None:
-        beside = [args.model.parent / "vecnormalize.pkl", *args.model.parent.glob("*/vecnormalize.pkl")]
-        for path in beside:
-            if path.exists():
-                print(f"{path} is left out: if the model was trained with it, add --vec-normalize {path}", file=sys.stderr)
+        hint_at_statistics(args.model)
     return export(model, args.output, args.prior_only, normalizer, args.env)

@@ -26,6 +26,7 @@ def inspect(arguments: list[str]) -> None:
     from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
     from sb3_boom import BOOM
+    from sb3_boom.files import hint_at_statistics
     from sb3_boom.inspection.page import inspect
 
     env: VecEnv = make_vec_env(args.env)
@@ -34,6 +35,8 @@ def inspect(arguments: list[str]) -> None:
         env = VecNormalize.load(str(args.vec_normalize), env)
         env.training = env.norm_reward = False
         model.set_env(env)
+    else:
+        hint_at_statistics(args.model)
     found = inspect(model, env, args.episodes, args.seed, args.max_steps)
     found.title = f"{args.env} after {model.num_timesteps:,} steps"
     path = found.save(args.out or args.model.with_suffix(".html"))
