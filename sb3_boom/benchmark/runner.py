@@ -62,7 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tau_0.01": {"tau": 0.01},
     "mean_tau_0.01": {"tau": 0.01, "planner_kwargs": {"horizon_value": "mean"}},  # BOOM's own defaults
     "policy_samples_64": {"planner_kwargs": {"n_policy_samples": 64}},
-    "raw_observations": {"normalize": False},
+    "normalized": {"normalize": {"norm_reward": False}},
 }
 
 
