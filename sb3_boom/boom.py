@@ -109,10 +109,13 @@ class BOOM(CollectingAlgorithm):
         release; a number, which is not tuned as SAC's is
     :param max_grad_norm: The maximum value for the gradient clipping (of the 2-norm), of either optimizer
     :param alignment: how the policy is taught by the planner, ``ℓ``: "forward_kl" (default, the paper's formula
-        ``log π(a_β|z)``, on actions before squashing, divided by the Q scale ``S``), "release" (the authors' program, behind
+        ``log π(a_β|z)``, on actions before squashing), "release" (the authors' program, behind
         the published curves; it is off while ``S`` is at most 2, see ``train/align_active``), "reverse_kl" or "none"
     :param align_coef: weight of the alignment term ``-Σ_B w ℓ``. Default "auto": A/1000 for 24 <= A <= 48 action
         dimensions, else A/50
+    :param align_scale: what ``ℓ`` is divided by. Default "q_scale": ``S``, as in the authors' program, so that the policy
+        learns the less from the planner the larger returns are. A number weighs both alike whatever the rewards' scale: as
+        "q_scale" does where ``S`` is that number
     :param align_weighting: "softmax" (soft value weights ``w = softmax_B(Q / (S τ_w))``, default) or "uniform" over the batch
     :param align_temperature: ``τ_w``, temperature of the soft value weights, in units of ``S``; lower favours high values more
     :param align_warmup: imitate the random actions of warm-up too, as the release does; False: only what was planned
@@ -185,6 +188,7 @@ class BOOM(CollectingAlgorithm):
         max_grad_norm: float = 20.0,
         alignment: str = "forward_kl",
         align_coef: float | Literal["auto"] = "auto",
+        align_scale: float | Literal["q_scale"] = "q_scale",
         align_weighting: str = "softmax",
         align_temperature: float = 1.0,
         align_warmup: bool = True,
@@ -239,6 +243,7 @@ class BOOM(CollectingAlgorithm):
         self.max_grad_norm = max_grad_norm
         self.alignment = alignment
         self.align_coef: float = align_coef  # type: ignore[assignment]  # resolved in _setup_model
+        self.align_scale = align_scale
         self.align_weighting = align_weighting
         self.align_temperature = align_temperature
         self.align_warmup = align_warmup

@@ -45,10 +45,15 @@ RANGES = {
     "tau": (0.0, 1.0),
     "gamma": (0.0, 1.0),
     **dict.fromkeys(("consistency_coef", "reward_coef", "value_coef", "termination_coef", "align_coef"), (0.0, math.inf)),
-    **dict.fromkeys(("rho", "ent_coef", "align_temperature", "max_grad_norm", "worker_timeout"), (0.0, math.inf)),
+    **dict.fromkeys(("rho", "ent_coef", "align_scale", "align_temperature", "max_grad_norm"), (0.0, math.inf)),
+    "worker_timeout": (0.0, math.inf),
 }
-POSITIVE = ("tau", "worker_timeout", "align_temperature", "max_grad_norm")
-AUTO = ("learning_starts", "pretrain_steps", "batch_size", "gamma", "align_coef")
+POSITIVE = ("tau", "worker_timeout", "align_scale", "align_temperature", "max_grad_norm")
+# what may be that word in a number's place
+WORDS = {
+    **dict.fromkeys(("learning_starts", "pretrain_steps", "batch_size", "gamma", "align_coef"), "auto"),
+    "align_scale": losses.BY_Q_SCALE,
+}
 Self = TypeVar("Self")
 Arguments = ParamSpec("Arguments")
 
@@ -111,20 +116,21 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if name in AUTO and isinstance(value, str) and value == "auto":
+    word = WORDS.get(name)
+    if isinstance(value, str) and value == word:
         return
-    or_auto = ' or "auto"' if name in AUTO else ""
+    or_word = f' or "{word}"' if word is not None else ""
     if name == "ent_coef" and isinstance(value, str):
-        or_auto = ": BOOM does not tune it by itself as SAC does"
+        or_word = ": BOOM does not tune it by itself as SAC does"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(f"{name} must be a number{or_auto}, not {value!r}")
+        raise ValueError(f"{name} must be a number{or_word}, not {value!r}")
     low, high = RANGES.get(name, (WHOLE_NUMBERS.get(name, 0), math.inf))
     if not low <= float(value) <= high or (name in POSITIVE and value == low):
         bounds = f"above {low:g}" if name in POSITIVE else f"at least {low:g}"
         bounds += "" if math.isinf(high) else f" and at most {high:g}"
-        raise ValueError(f"{name} must be {bounds}{or_auto}, not {value!r}")
+        raise ValueError(f"{name} must be {bounds}{or_word}, not {value!r}")
     if name in WHOLE_NUMBERS and value % 1 != 0:
-        raise ValueError(f"{name} must be a whole number{or_auto}, not {value!r}")
+        raise ValueError(f"{name} must be a whole number{or_word}, not {value!r}")
 
 
 def _check_policy_kwargs(policy_kwargs: Mapping[str, Any], policy_class: type) -> None:

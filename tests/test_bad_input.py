@@ -47,6 +47,8 @@ from sb3_boom import BOOM
         (dict(alignment="kl"), "alignment must be one of release"),
         (dict(align_weighting="hard"), "align_weighting must be one of softmax"),
         (dict(align_temperature=0.0), "align_temperature"),
+        (dict(align_scale=0.0), 'align_scale must be above 0 or "q_scale"'),
+        (dict(align_scale="auto"), 'align_scale must be a number or "q_scale"'),
         (dict(planner="random"), "planner must be one of mppi, cem"),
         (dict(policy_kwargs=dict(compile="maybe")), "compile"),
         (dict(policy_kwargs=dict(tf32=1)), "tf32 must be True or False"),

@@ -376,6 +376,7 @@ def test_archive_and_buffer_of_the_first_format_go_on_as_they_were():
     loaded.load_replay_buffer(DATA / "buffer-0.1.0.pkl")
     assert sizes(loaded) == ("paper", "5M", 16, (512, 64, 24, 6))
     assert (loaded.alignment, loaded.policy.encoder_lr_scale, loaded.policy.compile_setting) == ("release", 0.5, False)
+    assert loaded.align_scale == "q_scale"  # there was nothing else
     assert loaded.replay_buffer.size() == loaded.num_timesteps == 40
     np.testing.assert_allclose(loaded.prior.predict(OBS, deterministic=True)[0], -0.09543252, atol=1e-5)
     loaded.learn(3, reset_num_timesteps=False)

@@ -16,7 +16,8 @@ from sb3_boom.core.world_model import WorldModel
 H, B, A, L, F = 3, 8, 2, 16, 5
 CONFIG = LossConfig(
     gamma=0.9, rho=0.5, consistency_coef=20.0, reward_coef=0.1, value_coef=0.1, termination_coef=1.0, ent_coef=1e-4,
-    alignment="release", align_coef=0.04, align_weighting="softmax", align_temperature=1.0, align_warmup=True, tau=0.01,
+    alignment="release", align_coef=0.04, align_scale="q_scale", align_weighting="softmax", align_temperature=1.0,
+    align_warmup=True, tau=0.01,
 )  # fmt: skip
 
 
@@ -323,7 +324,7 @@ def likelihood(alignment, scale, **given):
         planner_actions=th.rand(H, B, A) * 1.8 - 0.9, planner_stds=th.rand(H, B, A) + 0.05,
     )  # fmt: skip
     arguments.update(given)
-    return losses.alignment_likelihood(alignment, scale=th.tensor(scale), **arguments), arguments
+    return losses.alignment_likelihood(alignment, scale=th.tensor(scale), divisor=th.tensor(scale), **arguments), arguments
 
 
 def test_release_alignment_pulls_the_sample_towards_the_planner_once_the_scale_opens_the_gate():
@@ -376,6 +377,22 @@ def test_no_alignment_is_no_alignment():
     _, loss, terms, _ = both_losses(networks, batch, planner, noise, config=replace(CONFIG, alignment="none"))
     th.testing.assert_close(loss.detach(), terms["actor_value_loss"])
     assert terms["align_active"] == 0.0
+
+
+@pytest.mark.parametrize("alignment", ["release", "forward_kl", "reverse_kl"])
+def test_alignment_fades_with_the_q_scale_or_keeps_its_weight(alignment):
+    """With so small a ``tau`` the Q scale stays as given."""
+    networks, noise = make_networks(), make_noise()
+    batch, planner = make_batch()
+    config = replace(CONFIG, alignment=alignment, align_weighting="uniform", tau=1e-9)
+
+    def align_loss(scale, **settings):
+        _, _, terms, _ = both_losses(networks, batch, planner, noise, scale=scale, config=replace(config, **settings))
+        return terms["align_loss"].item()
+
+    assert align_loss(400.0) == pytest.approx(align_loss(4.0) / 100.0, rel=1e-4)
+    assert align_loss(400.0, align_scale=4) == pytest.approx(align_loss(4.0, align_scale=4), rel=1e-6)
+    assert align_loss(4.0, align_scale=4.0) == pytest.approx(align_loss(4.0), rel=1e-4)
 
 
 @pytest.mark.parametrize("weighting", losses.ALIGN_WEIGHTINGS)

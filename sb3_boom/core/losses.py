@@ -19,6 +19,7 @@ from sb3_boom.core.world_model import WorldModel
 
 ALIGNMENTS = ("release", "forward_kl", "reverse_kl", "none")
 ALIGN_WEIGHTINGS = ("softmax", "uniform")
+BY_Q_SCALE = "q_scale"
 MIN_ALIGN_STD = 0.05  # floor of the stds inside the alignment terms
 GATE_SCALE = 2.0  # the release aligns only once the Q scale is above this
 WARMUP_STD = math.exp(2.0)  # std stored with actions that no planner made: the policy's widest
@@ -40,6 +41,7 @@ class LossConfig:
     :param ent_coef: of the policy's log-probability, scaled by ``A``
     :param alignment: "release", "forward_kl", "reverse_kl" or "none", see :func:`alignment_likelihood`
     :param align_coef: of the alignment term
+    :param align_scale: what the alignment term is divided by: a number, or :data:`BY_Q_SCALE` for ``S``
     :param align_weighting: "softmax" or "uniform", see :func:`value_weights`
     :param align_temperature: ``τ_w`` of the soft value weights, in units of the Q scale ``S``
     :param align_warmup: whether actions that no planner made are imitated too
@@ -55,6 +57,7 @@ class LossConfig:
     ent_coef: float
     alignment: str
     align_coef: float
+    align_scale: float | str
     align_weighting: str
     align_temperature: float
     align_warmup: bool
@@ -320,14 +323,15 @@ def alignment_likelihood(
     planner_actions: th.Tensor,
     planner_stds: th.Tensor,
     scale: th.Tensor,
+    divisor: th.Tensor | float,
 ) -> th.Tensor:
     """
     How well the policy agrees with the planner: ``ℓ``, higher is better.
 
     * ``release``: the authors' program. Pulls the policy's own sample towards the planner's action; off until the Q
       scale exceeds 2.
-    * ``forward_kl``: the paper's likelihood-free KL(β‖π), ``log π(a_β | z)`` before squashing, divided by the Q scale. What
-      the paper leaves open: ``a_β`` within ±0.999 and the policy's std at least 0.05, where it would be infinite.
+    * ``forward_kl``: the paper's likelihood-free KL(β‖π), ``log π(a_β | z)`` before squashing. What the paper leaves open:
+      ``a_β`` within ±0.999 and the policy's std at least 0.05, where it would be infinite.
     * ``reverse_kl``: KL(π‖β) with a Gaussian around the planner's action.
     * ``none``: 0.
 
@@ -338,6 +342,7 @@ def alignment_likelihood(
     :param planner_actions: ``a_β``, ``[H, B, A]``
     :param planner_stds: ``σ_β``, ``[H, B, A]``
     :param scale: Q scale ``S``, scalar
+    :param divisor: of the result, scalar: ``S``, or a number where the alignment is not to fade as ``S`` grows
     :return: ``[H, B, 1]``
     :raises ValueError: for another ``alignment``
     """
@@ -347,16 +352,16 @@ def alignment_likelihood(
     if alignment == "release":
         std = log_std.detach().exp().clamp(min=MIN_ALIGN_STD)
         log_prob = scaled_gaussian_log_prob((action - planner_actions) / std, std.log())
-        return th.where(scale > GATE_SCALE, log_prob / scale, 0.0)
+        return th.where(scale > GATE_SCALE, log_prob / divisor, 0.0)
     if alignment == "forward_kl":
         std = log_std.exp().clamp(min=MIN_ALIGN_STD)
         pre_squash = th.atanh(planner_actions.clamp(-ATANH_CLAMP, ATANH_CLAMP))
-        return gaussian_log_prob((pre_squash - mean) / std, std.log()) / scale
+        return gaussian_log_prob((pre_squash - mean) / std, std.log()) / divisor
     if alignment == "reverse_kl":
         std = planner_stds.clamp(min=MIN_ALIGN_STD)
         log_policy = gaussian_log_prob(noise, log_std) - squash_correction(action)
         log_planner = gaussian_log_prob((action - planner_actions) / std, std.log())
-        return (log_planner - log_policy) / scale
+        return (log_planner - log_policy) / divisor
     raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}, not {alignment!r}")
 
 
@@ -400,8 +405,9 @@ def policy_loss(
     q = values / scale
 
     value_term = masked_mean(config.ent_coef * log_prob - q, valid, weights)
+    divisor = scale if config.align_scale == BY_Q_SCALE else float(config.align_scale)
     likelihood = alignment_likelihood(
-        config.alignment, mean, log_std, noise.policy_action, planner_actions, planner_stds, scale
+        config.alignment, mean, log_std, noise.policy_action, planner_actions, planner_stds, scale, divisor
     )
     imitated = valid if config.align_warmup else valid & (planner_stds[..., :1] < PLANNED_STD)
     batch_weights = value_weights(q, imitated, config.align_weighting, config.align_temperature)
