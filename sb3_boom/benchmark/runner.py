@@ -52,6 +52,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "coef_A/1000": {"align_coef": lambda action_dim: action_dim / 1000},
     "coef_A/50": {"align_coef": lambda action_dim: action_dim / 50},
     "coef_1": {"align_coef": 1.0},
+    "by_q_scale": {"align_scale": "q_scale"},
+    **{f"align_scale_{scale:g}": {"align_scale": scale} for scale in (2.0, 5.0, 20.0)},
     "max_std_0.3": {"planner_kwargs": {"max_std": 0.3}},
     "max_std_0.5": {"planner_kwargs": {"max_std": 0.5}},
     "coef_1_max_std_0.5": {"align_coef": 1.0, "planner_kwargs": {"max_std": 0.5}},
