@@ -37,7 +37,7 @@ from sb3_boom.core import losses
 from sb3_boom.core.actor import Actor
 from sb3_boom.core.compilation import allow_tf32, compiled, keep_freed_memory, subnormals_flushed
 from sb3_boom.core.critic import Critic
-from sb3_boom.core.losses import LossConfig
+from sb3_boom.core.losses import BY_Q_SCALE, LossConfig
 from sb3_boom.core.optimizers import set_learning_rates
 from sb3_boom.diagnostics import of_newest
 from sb3_boom.foresight import FreshTerminations, PlanOptimism
@@ -113,9 +113,9 @@ class BOOM(CollectingAlgorithm):
         the published curves; it is off while ``S`` is at most 2, see ``train/align_active``), "reverse_kl" or "none"
     :param align_coef: weight of the alignment term ``-Σ_B w ℓ``. Default "auto": A/1000 for 24 <= A <= 48 action
         dimensions, else A/50
-    :param align_scale: what ``ℓ`` is divided by. Default "q_scale": ``S``, as in the authors' program, so that the policy
-        learns the less from the planner the larger returns are. A number weighs both alike whatever the rewards' scale: as
-        "q_scale" does where ``S`` is that number
+    :param align_scale: what ``ℓ`` is divided by. "q_scale": ``S``, as in the authors' program, so that the policy learns the
+        less from the planner the larger returns are; a number: the same balance whatever the rewards' scale. Default "auto":
+        "q_scale" with ``alignment="release"``, else 5
     :param align_weighting: "softmax" (soft value weights ``w = softmax_B(Q / (S τ_w))``, default) or "uniform" over the batch
     :param align_temperature: ``τ_w``, temperature of the soft value weights, in units of ``S``; lower favours high values more
     :param align_warmup: imitate the random actions of warm-up too, as the release does; False: only what was planned
@@ -188,7 +188,7 @@ class BOOM(CollectingAlgorithm):
         max_grad_norm: float = 20.0,
         alignment: str = "forward_kl",
         align_coef: float | Literal["auto"] = "auto",
-        align_scale: float | Literal["q_scale"] = "q_scale",
+        align_scale: float | Literal["auto", "q_scale"] = "auto",
         align_weighting: str = "softmax",
         align_temperature: float = 1.0,
         align_warmup: bool = True,
@@ -243,7 +243,7 @@ class BOOM(CollectingAlgorithm):
         self.max_grad_norm = max_grad_norm
         self.alignment = alignment
         self.align_coef: float = align_coef  # type: ignore[assignment]  # resolved in _setup_model
-        self.align_scale = align_scale
+        self.align_scale: float | str = align_scale  # as align_coef
         self.align_weighting = align_weighting
         self.align_temperature = align_temperature
         self.align_warmup = align_warmup
@@ -311,7 +311,10 @@ class BOOM(CollectingAlgorithm):
             if value is not None and (name in self.policy_kwargs or value != defaults[name].default):
                 self.policy_kwargs = {**self.policy_kwargs, name: value}
         if self.format_version < 2:
-            self.preset, self.format_version = "paper", FORMAT_VERSION  # its sizes were the defaults then
+            self.preset = "paper"  # its sizes were the defaults then
+        if self.format_version < 3 and self.align_scale == "auto":
+            self.align_scale = BY_Q_SCALE  # there was nothing else
+        self.format_version = FORMAT_VERSION
 
     def _setup_learn(
         self,
@@ -328,7 +331,7 @@ class BOOM(CollectingAlgorithm):
                 self.at_end.enter_context(bounded_waits(evaluated, self.worker_timeout))
                 self.at_end.enter_context(evaluation_watched(evaluated))
         self._callback, self.pace = setup[1], Pace()
-        for name in ("preset", "batch_size", "gamma", "learning_starts", "pretrain_steps", "align_coef"):
+        for name in ("preset", "batch_size", "gamma", "learning_starts", "pretrain_steps", "align_coef", "align_scale"):
             self.logger.record(f"config/{name}", getattr(self, name))
         self.logger.record("config/model_size", self.policy.model_size)
         for name in ("n_samples", "n_elites", "n_policy_samples", "n_iterations"):

@@ -22,7 +22,8 @@ from sb3_boom.buffers import WeightedReplayBuffer
 from sb3_boom.core import losses
 from sb3_boom.policies import BOOMPolicy
 
-FORMAT_VERSION = 2  # of saved archives; 1: compile, tf32 and encoder_lr_scale beside policy_kwargs, no preset
+# of saved archives. 1: compile, tf32 and encoder_lr_scale beside policy_kwargs, no preset; 2: no align_scale
+FORMAT_VERSION = 3
 MAX_DATA_BYTES = 2**28  # of an archive's settings; a replay buffer has a file of its own
 GATE_WARNING_STEPS = 50_000
 # arguments of the policy that the algorithm passes on
@@ -49,10 +50,10 @@ RANGES = {
     "worker_timeout": (0.0, math.inf),
 }
 POSITIVE = ("tau", "worker_timeout", "align_scale", "align_temperature", "max_grad_norm")
-# what may be that word in a number's place
+# what may be a word in a number's place
 WORDS = {
-    **dict.fromkeys(("learning_starts", "pretrain_steps", "batch_size", "gamma", "align_coef"), "auto"),
-    "align_scale": losses.BY_Q_SCALE,
+    **dict.fromkeys(("learning_starts", "pretrain_steps", "batch_size", "gamma", "align_coef"), ("auto",)),
+    "align_scale": ("auto", losses.BY_Q_SCALE),
 }
 Self = TypeVar("Self")
 Arguments = ParamSpec("Arguments")
@@ -116,10 +117,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def _check_number(name: str, value: Any) -> None:
-    word = WORDS.get(name)
-    if isinstance(value, str) and value == word:
+    words = WORDS.get(name, ())
+    if isinstance(value, str) and value in words:
         return
-    or_word = f' or "{word}"' if word is not None else ""
+    or_word = "".join(f' or "{word}"' for word in words)
     if name == "ent_coef" and isinstance(value, str):
         or_word = ": BOOM does not tune it by itself as SAC does"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

@@ -10,7 +10,10 @@ import torch as th
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_boom.core.losses import BY_Q_SCALE
 from sb3_boom.policies import is_dog_sized
+
+ALIGN_SCALE = 5.0  # Gymnasium's tasks learn twice as fast as by the Q scale, and DMC's as fast: docs/learning.md
 
 
 class Preset(NamedTuple):
@@ -69,6 +72,7 @@ def resolve_auto(settings: Mapping[str, Any], device: th.device, env: GymEnv | N
         "gamma": 0.99 if length is None else float(np.clip((length / 5 - 1) / (length / 5), 0.95, 0.995)),
         "learning_starts": 2500 if length is None else max(1000, 5 * length),
         "align_coef": action_dim / (1000 if is_dog_sized(action_dim) else 50),
+        "align_scale": BY_Q_SCALE if settings["alignment"] == "release" else ALIGN_SCALE,
     }
     resolved = {key: value if settings[key] == "auto" else settings[key] for key, value in auto.items()}
     pretrain_steps = settings["pretrain_steps"]

@@ -119,6 +119,23 @@ def test_pace_is_of_the_steps_after_the_first_ones(monkeypatch):
     assert [duration(seconds) for seconds in (4.4, 600.0, 9000.0)] == ["4 s", "10 min", "2.5 h"]
 
 
+@pytest.mark.parametrize(("alignment", "scale"), [("release", "q_scale"), ("forward_kl", 5.0), ("reverse_kl", 5.0)])
+def test_alignment_does_not_fade_with_returns_except_as_released(alignment, scale):
+    assert BOOM("MlpPolicy", "Pendulum-v1", alignment=alignment, buffer_size=10).align_scale == scale
+    given = BOOM("MlpPolicy", "Pendulum-v1", alignment=alignment, align_scale=2.0, buffer_size=10)
+    assert given._loss_config().align_scale == 2.0
+
+
+def test_models_from_before_the_alignments_scale_go_on_by_the_q_scale(tmp_path):
+    model = BOOM("MlpPolicy", "Pendulum-v1", buffer_size=10)
+    del model.align_scale
+    model.format_version = 2
+    model.save(tmp_path / "model")
+    loaded = BOOM.load(tmp_path / "model")
+    assert (loaded.align_scale, loaded.format_version) == ("q_scale", 3)
+    assert BOOM.load(tmp_path / "model", align_scale=2.0).align_scale == 2.0
+
+
 def test_entries_say_their_sizes_and_the_papers_tasks_their_alignment():
     for cpu, preset in ((True, "cpu"), (False, "paper")):
         entries = zoo.read_hyperparams(zoo.hyperparams_file(cpu))

@@ -17,6 +17,7 @@ from stable_baselines3.common.save_util import save_to_pkl
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_boom import BOOM
+from sb3_boom.checks import FORMAT_VERSION
 
 PENDULUM = "Pendulum-v1"
 
@@ -53,7 +54,7 @@ def test_archive_is_read_from_where_it_was_written(model, kind, tmp_path):
 def test_resolved_settings_are_stored_not_auto(model, tmp_path):
     model.save(tmp_path / "model")
     loaded = BOOM.load(tmp_path / "model")
-    for name in ("gamma", "learning_starts", "pretrain_steps", "align_coef"):
+    for name in ("gamma", "learning_starts", "pretrain_steps", "align_coef", "align_scale"):
         assert getattr(loaded, name) == getattr(model, name) != "auto"
 
 
@@ -189,7 +190,7 @@ def test_archive_of_a_later_format_is_refused_before_it_is_unpickled(model, tmp_
     model.save(tmp_path / "model")
     with zipfile.ZipFile(tmp_path / "model.zip") as saved, zipfile.ZipFile(tmp_path / "later.zip", "w") as archive:
         for name in saved.namelist():
-            archive.writestr(name, saved.read(name).replace(b'"format_version": 2', b'"format_version": 99'))
+            archive.writestr(name, saved.read(name).replace(f'"format_version": {FORMAT_VERSION}'.encode(), b'"format_version": 99'))
     monkeypatch.setattr("stable_baselines3.common.save_util.json_to_data", None)  # would unpickle
     with pytest.raises(ValueError, match="99"):
         BOOM.load(tmp_path / "later.zip")
