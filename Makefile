@@ -80,7 +80,7 @@ define pages
 	$(BIN)/sb3-boom benchmark report $(EVIDENCE)/$(1).csv --out $(EVIDENCE)/$(1).md
 	$(BIN)/sb3-boom benchmark export $(EVIDENCE)/$(1).csv --out $(EVIDENCE)/$(1)-long.csv
 endef
-CANDIDATES := forward_kl coef_1 max_std_0.5 coef_1_max_std_0.5 min_value mean_value two_updates
+CANDIDATES := forward_kl by_q_scale align_scale_2 align_scale_20 max_std_0.5 min_value mean_value two_updates
 # Settings against each other, on the development tasks
 evidence-settings: .venv/.installed
 	$(BIN)/sb3-boom benchmark run --suite development --variants $(CANDIDATES) --steps 30000 --eval-freq 5000 \
