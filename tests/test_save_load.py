@@ -190,7 +190,9 @@ def test_archive_of_a_later_format_is_refused_before_it_is_unpickled(model, tmp_
     model.save(tmp_path / "model")
     with zipfile.ZipFile(tmp_path / "model.zip") as saved, zipfile.ZipFile(tmp_path / "later.zip", "w") as archive:
         for name in saved.namelist():
-            archive.writestr(name, saved.read(name).replace(f'"format_version": {FORMAT_VERSION}'.encode(), b'"format_version": 99'))
+            archive.writestr(
+                name, saved.read(name).replace(f'"format_version": {FORMAT_VERSION}'.encode(), b'"format_version": 99')
+            )
     monkeypatch.setattr("stable_baselines3.common.save_util.json_to_data", None)  # would unpickle
     with pytest.raises(ValueError, match="99"):
         BOOM.load(tmp_path / "later.zip")
