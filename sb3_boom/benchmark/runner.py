@@ -63,6 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gamma_0.99": {"gamma": 0.99},
     "tau_0.01": {"tau": 0.01},
     "mean_tau_0.01": {"tau": 0.01, "planner_kwargs": {"horizon_value": "mean"}},  # BOOM's own defaults
+    **{f"temperature_{value:g}": {"planner_kwargs": {"temperature": value}} for value in (0.05, 0.01)},
     "policy_samples_64": {"planner_kwargs": {"n_policy_samples": 64}},
     "normalized": {"normalize": {"norm_reward": False}},
 }
