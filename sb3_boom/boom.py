@@ -51,7 +51,6 @@ from sb3_boom.policies import BOOMPolicy, CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_boom.presets import model_size, resolve_auto
 from sb3_boom.prior import PolicyPrior
 from sb3_boom.progress import Pace, PretrainingStopped, leaves, show_pretraining
-from sb3_boom.reanalysis import reanalyze
 from sb3_boom.update import update
 from sb3_boom.waits import WORKER_TIMEOUT, bounded_waits, evaluation_watched
 
@@ -120,9 +119,6 @@ class BOOM(CollectingAlgorithm):
     :param align_weighting: "softmax" (soft value weights ``w = softmax_B(Q / (S τ_w))``, default) or "uniform" over the batch
     :param align_temperature: ``τ_w``, temperature of the soft value weights, in units of ``S``; lower favours high values more
     :param align_warmup: imitate the random actions of warm-up too, as the release does; False: only what was planned
-    :param reanalyze_freq: every this many updates, plan anew for 20 transitions of the batch, and store these plans in the
-        place of what the planner did then (lazy reanalysis; BMPC's number is 10). Checkpoints write the whole buffer then.
-        Default 0: never, as the paper
     :param planner: "mppi" or "cem"
     :param planner_kwargs: ``n_samples`` ``N`` (512 with the paper's preset) action sequences scored in every one of
         ``n_iterations`` ``I`` ("auto": 6, or 8 for A >= 20), ``n_policy_samples`` ``P`` (24) of them by the policy; the best
@@ -196,7 +192,6 @@ class BOOM(CollectingAlgorithm):
         align_weighting: str = "softmax",
         align_temperature: float = 1.0,
         align_warmup: bool = True,
-        reanalyze_freq: int = 0,
         planner: str = "mppi",
         planner_kwargs: dict[str, Any] | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -252,7 +247,6 @@ class BOOM(CollectingAlgorithm):
         self.align_weighting = align_weighting
         self.align_temperature = align_temperature
         self.align_warmup = align_warmup
-        self.reanalyze_freq = reanalyze_freq
         self.planner = planner
         self.planner_kwargs = planner_kwargs
         self.pretrain_updates = 0  # of pretrain_steps, done so far
@@ -482,8 +476,6 @@ class BOOM(CollectingAlgorithm):
             self.replay_buffer.update_values(batch.indices, values, batch.valid, self.policy.q_scale)
             self.meters.add_terms(terms)
             self._n_updates += 1
-            if self.reanalyze_freq > 0 and self._n_updates % self.reanalyze_freq == 0:
-                reanalyze(self.policy, self.replay_buffer, batch)
             if self._n_updates % UPDATES_PER_CHECK == 0:
                 check_losses(self.meters.means(), self._n_updates)
                 check_parameters(self.policy, self._n_updates)

@@ -474,20 +474,6 @@ class WeightedReplayBuffer(ReplayBuffer):
         indices, scaled = (th.where(valid.squeeze(-1), x, x[0]) for x in (indices, (values / scale).squeeze(-1)))
         stored[indices.to(stored.device)] = scaled.to(stored.device, stored.dtype)
 
-    def update_plans(self, indices: th.Tensor, actions: th.Tensor, stds: th.Tensor) -> None:
-        """
-        Put later plans in the place of what the planner did then; where one is not finite, what there was stays.
-
-        :param indices: from a sample, ``[n]``
-        :param actions: ``a_β``, ``[n, A]`` in [-1, 1]
-        :param stds: ``σ_β``, ``[n, A]``
-        """
-        stored, dim = self._flat("steps"), self.action_dim
-        indices, plans = indices.to(stored.device), th.cat([actions, stds], dim=-1).to(stored.device)
-        plans = th.where(th.isfinite(plans).all(dim=-1, keepdim=True), plans, stored[indices, dim : 3 * dim])
-        stored[indices, dim : 3 * dim] = plans
-        self._id = storage.new_id()  # a checkpoint that has these rows has them as they were
-
     def _mean_value(self) -> th.Tensor | float:
         """Mean value of what is stored: what new transitions start from."""
         n_rows = self.size()

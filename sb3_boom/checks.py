@@ -40,7 +40,6 @@ WHOLE_NUMBERS = {  # lowest
     "horizon": 1,
     "learning_starts": 0,
     "pretrain_steps": 0,
-    "reanalyze_freq": 0,
 }
 # lowest and highest of the others; those in POSITIVE may not be 0 either
 RANGES = {

@@ -40,8 +40,6 @@ from sb3_boom import BOOM
         (dict(max_grad_norm=0), "max_grad_norm must be above 0"),
         (dict(ent_coef="auto"), "ent_coef must be a number: BOOM does not tune it"),
         (dict(handle_terminations="no"), "handle_terminations must be True or False"),
-        (dict(reanalyze_freq=-1), "reanalyze_freq must be at least 0"),
-        (dict(reanalyze_freq=0.5), "reanalyze_freq must be a whole number"),
         (dict(align_warmup=1), "align_warmup must be True or False"),
         (dict(align_warmup=False, planner_kwargs=dict(max_std=8.0)), "max_std below 7.3"),
         (dict(policy_kwargs=dict(compile=1)), "compile must be True, False or"),

@@ -194,11 +194,6 @@ def test_a_checkpoint_writes_the_new_rows_alone(tmp_path):
     assert [len(row) for row in rows] == [10, 10, 10]
 
 
-def test_a_checkpoint_holds_the_plans_made_anew_since_the_one_before(tmp_path):
-    model = train(tmp_path, settings=dict(reanalyze_freq=1))
-    assert same(model, BOOM.resume(tmp_path, pendulum()))
-
-
 def test_only_the_last_checkpoints_are_kept_with_what_they_need(tmp_path):
     model = train(tmp_path, 100, settings=dict(buffer_size=25), keep=3)
     assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == [f"checkpoint-{i:06d}" for i in (8, 9, 10)]

@@ -21,7 +21,7 @@ ROOMS = [
     "core",
     ("files", "guards", "storage", "drawing"),
     ("buffers", "policies", "manifests"),
-    ("update", "reanalysis", "presets", "prior", "checks", "meters", "progress", "logs", "foresight", "diagnostics"),
+    ("update", "presets", "prior", "checks", "meters", "progress", "logs", "foresight", "diagnostics"),
     ("waits", "checkpoint"),
     "saving",
     "collection",
