@@ -124,8 +124,7 @@ class BOOM(CollectingAlgorithm):
         ``n_iterations`` ``I`` ("auto": 6, or 8 for A >= 20), ``n_policy_samples`` ``P`` (24) of them by the policy; the best
         ``n_elites`` ``K`` (64) shape the next iteration, weighted by ``exp(temperature * value)`` (0.5) except by "cem";
         ``min_std`` (0.05) and ``max_std`` (2) bound its std, of actions in [-1, 1];
-        ``horizon_value`` ("mean" of two critics) may be "min" of all; ``start`` ("last_plan", one step later) may be
-        "policy": the first iteration samples around what the policy itself would do
+        ``horizon_value`` ("mean" of two critics) may be "min" of all
     :param policy_kwargs: additional arguments to be passed to the policy on creation, such as ``dict(model_size="1M")``,
         ``encoder_lr_scale``, ``compile`` or ``tf32``. See :class:`~sb3_boom.policies.BOOMPolicy`
     :param worker_timeout: seconds after which a worker of a SubprocVecEnv that does not answer is an error; None waits as

@@ -361,7 +361,7 @@ def iterations(model: BOOM, episode: Episode, step: int) -> tuple[np.ndarray, np
     means, stds = [], []
     with th.no_grad():
         by_policy = planner.policy_trajectories(policy.world_model, policy.actor, z, noise.policy)
-        mean, std = planner.first_distribution(policy.world_model, policy.actor, config, z, policy.initial_mean(1))
+        mean, std = planner.first_distribution(config, policy.initial_mean(1))
         for i in range(config.n_iterations):
             mean, std, *_ = planner.refine(
                 *networks, z, by_policy, mean, std, noise.candidates[i], noise.terminal[i], noise.critic_pairs[i],

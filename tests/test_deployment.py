@@ -48,9 +48,7 @@ KINDS = {
         actions=spaces.Box(-1.0, 3.0, (2, 1), np.float64),
     ),
     "image": dict(
-        policy="CnnPolicy",
-        space=spaces.Box(0, 255, (36, 36, 3), np.uint8),
-        planner_kwargs=dict(horizon_value="min", start="policy"),
+        policy="CnnPolicy", space=spaces.Box(0, 255, (36, 36, 3), np.uint8), planner_kwargs=dict(horizon_value="min")
     ),
     "extractor": dict(
         space=spaces.Box(-5.0, 5.0, (2, 3), np.float64),

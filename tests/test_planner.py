@@ -190,31 +190,6 @@ def test_value_at_the_horizon_is_a_pairs_mean_or_the_minimum_of_all():
     th.testing.assert_close(values["min"] - values["mean"], difference, rtol=1e-3, atol=1e-5)
 
 
-def test_first_iteration_samples_around_the_last_plan_or_the_policys_own():
-    world, actor, _ = real_networks()
-    z, last = th.rand(2, 16), th.rand(2, 3, 2)
-    means = {}
-    for start in planner.STARTS:
-        mean, std = planner.first_distribution(world, actor, replace(CONFIG, start=start), z, last)
-        means[start] = mean.transpose(0, 1)
-        assert (std == CONFIG.max_std).all() and std.shape == mean.shape
-    later = th.cat([last[:, 1:], th.zeros(2, 1, 2)], dim=1)
-    assert th.equal(means["last_plan"], later)
-    for t in range(3):
-        action = th.tanh(actor(z)[0])
-        th.testing.assert_close(means["policy"][:, t], action)
-        z = world.next(z, action)
-
-
-@pytest.mark.parametrize(("start", "depends"), [("last_plan", True), ("policy", False)])
-def test_a_plan_that_starts_at_the_policys_own_does_not_depend_on_the_last_one(start, depends):
-    settings = dict(planner_kwargs=dict(start=start), policy_kwargs=dict(compile=False))
-    policy = BOOM("MlpPolicy", "Pendulum-v1", seed=0, **settings).policy
-    obs = th.randn(1, 3, generator=th.Generator().manual_seed(0))
-    cold, warm = (policy.plan(obs, th.full((1, 3, 1), fill), deterministic=True).mean for fill in (0.0, 0.5))
-    assert cold.equal(warm) != depends
-
-
 def test_planner_avoids_a_known_termination():
     """Large first actions earn more at once, but end the episode."""
     world = KnownWorld(lambda z, action: 1.0 + action[..., :1], ends_above_half)
@@ -325,8 +300,7 @@ def test_noise_is_reproducible_and_pairs_are_distinct_and_uniform():
 @pytest.mark.parametrize(
     "bad",
     [dict(n_elites=200), dict(horizon=0), dict(n_iterations=0), dict(min_std=3.0), dict(min_std=0.0), dict(temperature=0.0),
-     dict(n_policy_samples=-1), dict(n_samples=16.5), dict(horizon_value="max"),
-     dict(start="zero")],
+     dict(n_policy_samples=-1), dict(n_samples=16.5), dict(horizon_value="max")],
 )  # fmt: skip
 def test_impossible_settings_are_value_errors(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

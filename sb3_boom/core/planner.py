@@ -17,7 +17,6 @@ from sb3_boom.core.world_model import WorldModel
 
 PLANNERS = ("mppi", "cem")
 HORIZON_VALUES = ("mean", "min")
-STARTS = ("last_plan", "policy")
 AT_BOUND = 0.999  # an action in [-1, 1] at least that large counts as being at its bound
 PLANNER_KWARGS = (
     "n_samples",
@@ -28,7 +27,6 @@ PLANNER_KWARGS = (
     "min_std",
     "max_std",
     "horizon_value",
-    "start",
 )
 
 
@@ -46,8 +44,6 @@ class PlannerConfig:
     :param max_std: upper bound of the sampling std, and its start
     :param horizon_value: what the critics say at the horizon: "mean" of a random pair, as the paper and TD-MPC2, or "min" of
         all, which plans can exploit less
-    :param start: around what the first iteration samples: "last_plan", one step later, as the paper and TD-MPC2, or "policy",
-        what the policy itself would do, by its means
     :param horizon: agent steps ``H`` looked ahead before the critics take over
     :param gamma: ``γ``, discount per agent step
     :param uniform_elites: weigh all elites alike, which is CEM
@@ -62,7 +58,6 @@ class PlannerConfig:
     min_std: float = 0.05
     max_std: float = 2.0
     horizon_value: str = "mean"
-    start: str = "last_plan"
     horizon: int = 3
     gamma: float = 0.99
     uniform_elites: bool = False
@@ -80,9 +75,8 @@ class PlannerConfig:
             raise ValueError(f"0 < min_std <= max_std is needed, not min_std={self.min_std}, max_std={self.max_std}")
         if self.temperature <= 0.0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
-        for name, choices in (("horizon_value", HORIZON_VALUES), ("start", STARTS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if self.horizon_value not in HORIZON_VALUES:
+            raise ValueError(f"horizon_value must be one of {', '.join(HORIZON_VALUES)}, not {self.horizon_value!r}")
 
 
 def make_config(
@@ -360,24 +354,16 @@ def search(
     return mean, std, Elites(elites[0], weights, elite_values, elite_index < policy_actions.shape[2])
 
 
-def first_distribution(
-    world_model: WorldModel, actor: Actor, config: PlannerConfig, z: th.Tensor, previous_mean: th.Tensor
-) -> tuple[th.Tensor, th.Tensor]:
+def first_distribution(config: PlannerConfig, previous_mean: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
-    Where the first iteration samples: around the last plan, one step later, or around the policy's own.
+    Where the first iteration samples: around the last plan, one step later.
 
-    :param world_model: the world model
-    :param actor: the policy
     :param config: the planner's settings
-    :param z: latents ``[E, L]``
     :param previous_mean: the last plan's mean, ``[E, H, A]``; zeros where an episode starts
     :return: mean and std, ``[H, E, A]``
     """
     mean = previous_mean.transpose(0, 1)
-    if config.start == "policy":
-        mean = policy_trajectories(world_model, actor, z, th.zeros_like(mean).unsqueeze(2)).squeeze(2)
-    else:
-        mean = th.cat([mean[1:], th.zeros_like(mean[:1])])
+    mean = th.cat([mean[1:], th.zeros_like(mean[:1])])
     return mean, th.full_like(mean, config.max_std)
 
 
@@ -456,7 +442,7 @@ def plan(
     :return: the plan. Its entries are NaN for an environment where no value was finite.
     """
     policy_actions = policy_trajectories(world_model, actor, z, noise.policy)
-    mean, std = first_distribution(world_model, actor, config, z, previous_mean)
+    mean, std = first_distribution(config, previous_mean)
     pairs = separate_draws(noise.critic_pairs)
     for i in range(config.n_iterations):
         arguments = (

@@ -125,8 +125,7 @@ class Begin(Prior):
         config = self.policy.planner_config
         elites = self.action(z).unsqueeze(1).expand(-1, config.n_elites, -1)
         weights = th.full_like(elites[:, :, 0], 1.0 / config.n_elites)
-        start = planner.first_distribution(self.policy.world_model, self.policy.actor, config, z, mean)
-        return z, *start, elites, weights
+        return z, *planner.first_distribution(config, mean), elites, weights
 
 
 class Trajectories(nn.Module):
