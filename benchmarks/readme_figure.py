@@ -1,11 +1,12 @@
 """
-Draw the README's figures: BOOM's learning curves beside SAC's published ones on DMC, and beside SAC run here on Hopper.
+Draw the README's figures: BOOM's learning curves beside SAC's on DMC, and beside CrossQ's and others' on Gymnasium's MuJoCo.
 
     python benchmarks/readme_figure.py
 
 Ours are the three seeds of ``results/dmc6.csv``, each evaluation ten episodes of the planner. SAC's are the means that
-TD-MPC2's authors released; they come from other machines, with one point for every 100,000 env steps. On ``Hopper-v5`` all
-are three seeds of ours, by ``results/settings-hopper.csv`` and ``results/sac-hopper.csv``.
+TD-MPC2's authors released; they come from other machines, with one point for every 100,000 env steps. On Gymnasium's tasks
+ours are those of ``results/gym5.csv``, with the seeds that are there; the others are published, see
+``sb3_boom/benchmark/published``.
 """
 
 import argparse
@@ -18,12 +19,8 @@ import pandas as pd
 from sb3_boom.benchmark.report import published_curves
 from sb3_boom.benchmark.runner import SUITES
 
-# label: file, variant, colour
-HOPPER = {
-    'BOOM, horizon_value="min"': ("settings-hopper.csv", "min_value", "tab:blue"),
-    'BOOM, horizon_value="mean"': ("settings-hopper.csv", "forward_kl", "tab:cyan"),
-    "SAC (SB3)": ("sac-hopper.csv", "SAC", "tab:orange"),
-}
+# whose published curves are drawn on Gymnasium's tasks, and their colours
+BESIDE = {"CrossQ": "tab:green", "SimbaV2": "tab:purple", "DR.Q": "tab:red"}
 ROOT = pathlib.Path(__file__).parents[1]
 FURTHEST = 300_000  # env steps
 
@@ -58,21 +55,30 @@ def draw(csv: pathlib.Path, output: pathlib.Path) -> None:
     figure.savefig(output, dpi=110)
 
 
-def draw_hopper(folder: pathlib.Path, output: pathlib.Path) -> None:
+def draw_gymnasium(csv: pathlib.Path, output: pathlib.Path) -> None:
     """
-    :param folder: with the CSVs
+    :param csv: of ``sb3-boom benchmark run``
     :param output: the PNG
     """
-    figure, axes = plt.subplots(figsize=(6.0, 3.4))
-    for label, (name, variant, colour) in HOPPER.items():
-        table = pd.read_csv(folder / name)
-        by_step = table[table["variant"] == variant].groupby("env_steps")["planner_return"]
-        axes.plot(by_step.mean().index / 1000, by_step.mean(), "o-", color=colour, label=label)
-        axes.fill_between(by_step.mean().index / 1000, by_step.min(), by_step.max(), color=colour, alpha=0.15)
-    axes.set(
-        title="Hopper-v5, three seeds: mean and range", xlabel="environment steps, thousands", ylabel="return", ylim=(0, None)
-    )
-    axes.legend(frameon=False, loc="upper left")
+    table = pd.read_csv(csv)
+    figure, grid = plt.subplots(2, 3, figsize=(9.5, 5.2), sharex=True)
+    *panels, legend = grid.flat
+    for axes, task in zip(panels, SUITES["gym5"], strict=True):
+        runs = table[table["task"] == task]
+        by_step = runs.groupby("env_steps")["planner_return"]
+        steps, n_seeds = by_step.mean().index / 1000, runs["seed"].nunique()
+        axes.plot(steps, by_step.mean(), "o-", color="tab:blue", label="BOOM, this package:\nmean and range")
+        axes.fill_between(steps, by_step.min(), by_step.max(), color="tab:blue", alpha=0.2)
+        for curve in published_curves(task):
+            if curve.algorithm in BESIDE:
+                near = curve.env_steps <= table["env_steps"].max()
+                label = f"{curve.algorithm}, published (v4)"
+                axes.plot(curve.env_steps[near] / 1000, curve.mean[near], "s--", color=BESIDE[curve.algorithm], label=label)
+        axes.set(title=f"{task} ({n_seeds} seed{'s' * (n_seeds > 1)})", ylim=(0, None))
+    legend.axis("off")
+    legend.legend(*axes.get_legend_handles_labels(), loc="center", frameon=False)
+    figure.supxlabel("environment steps, thousands", fontsize=10)
+    figure.supylabel("return", fontsize=10)
     figure.tight_layout()
     figure.savefig(output, dpi=110)
 
@@ -85,7 +91,7 @@ def main() -> None:
     args = parser.parse_args()
     matplotlib.use("Agg")
     draw(args.csv, args.out)
-    draw_hopper(args.csv.parent, args.out.with_name("boom-beside-sac-hopper.png"))
+    draw_gymnasium(args.csv.with_name("gym5.csv"), args.out.with_name("boom-on-gymnasium.png"))
 
 
 if __name__ == "__main__":
