@@ -105,9 +105,10 @@ evidence-dmc: .venv/.installed
 		--csv $(EVIDENCE)/dmc6-mended.csv --folder $(EVIDENCE)/dmc6-mended $(PROTOCOL)
 	$(call pages,dmc6-mended)
 # BOOM beside SAC, TQC and CrossQ, against env steps and against minutes
+OTHERS := --variants forward_kl SAC TQC CrossQ --steps 50000 --csv $(EVIDENCE)/others.csv --folder $(EVIDENCE)/others
 evidence-others: .venv/.installed
-	$(BIN)/sb3-boom benchmark run --suite picked --variants forward_kl SAC TQC CrossQ --steps 50000 --eval-freq 5000 \
-		--csv $(EVIDENCE)/others.csv --folder $(EVIDENCE)/others $(PROTOCOL)
+	$(BIN)/sb3-boom benchmark run --tasks Hopper-v5 HalfCheetah-v5 Walker2d-v5 $(OTHERS) $(PROTOCOL)
+	$(BIN)/sb3-boom benchmark run --tasks dm_control/cartpole-swingup-v0 dm_control/cheetah-run-v0 $(OTHERS) --eval-freq 5000 $(PROTOCOL)
 	$(call pages,others)
 
 clean:

@@ -290,6 +290,17 @@ def test_report_stands_beside_published_results():
     assert Path("docs/page-dm_control-cartpole-swingup-v0.png").stat().st_size > 10_000
 
 
+def test_other_algorithms_stand_beside_ours_with_the_minutes_that_each_took():
+    task = "dm_control/cartpole-swingup-v0"
+    rows.append(Path("results.csv"), [ROW._replace(task=task, planner_return=800.0, prior_return=700.0, wall_s=600.0)])
+    other = ROW._replace(task=task, variant="SAC", planner_return=300.0, prior_return=300.0, wall_s=150.0)
+    rows.append(Path("results.csv"), [other, other._replace(seed=1, wall_s=210.0)])
+    assert report.write([Path("results.csv")], Path("page.md")) == []
+    page = Path("page.md").read_text()
+    assert f"| {task} | release | 10 | 10 | 1 | 800.0 | 700.0 | 800 | 10 |" in page
+    assert f"| {task} | SAC | 10 | 10 | 2 | 300.0 ± 0.0 |  | 300, 300 | 3 |" in page  # one policy, shown once
+
+
 def test_variants_are_averaged_over_the_runs_that_they_share(tmp_path):
     task = "dm_control/cartpole-swingup-v0"
     for variant, seeds in (("release", (0, 1, 2)), ("none", (1, 2, 3))):

@@ -188,15 +188,7 @@ def write(paths: Sequence[Path], output: Path, only: Sequence[str] | None = None
         "the policy without planning. A variant is named for its alignment, or for what differs from its hyperparameter file.",
         "",
     ]
-    lines += ["| task | variant | agent steps | env steps | seeds | planner | policy prior | each seed's planner |"]
-    lines += ["|---|---|--:|--:|--:|--:|--:|---|"]
-    for (task, variant), runs in last.items():
-        planner, prior = (np.array([getattr(row, name) for row in runs]) for name in ("planner_return", "prior_return"))
-        each = ", ".join(f"{value:.0f}" for value in planner)
-        lines.append(
-            f"| {escaped(task)} | {escaped(variant)} | {runs[0].agent_steps:,} | {runs[0].env_steps:,} | {len(runs)} "
-            f"| {_mean_and_std(planner)} | {_mean_and_std(prior)} | {each} |"
-        )
+    lines += _returns(last)
     lines += _beside_published(last)
     lines += _aggregates(last)
     lines += ["", "## Curves", ""]
@@ -241,6 +233,28 @@ def file_name(text: str) -> str:
 
 def _mean_and_std(returns: np.ndarray) -> str:
     return f"{returns.mean():.1f}" + (f" ± {returns.std(ddof=1):.1f}" if len(returns) > 1 else "")
+
+
+def _returns(last: dict[tuple[str, str], list[Row]]) -> list[str]:
+    others = any(variant in ALGORITHMS for _, variant in last)
+    lines, clock, align = [], "", ""
+    if others:
+        lines = ["SAC, TQC and CrossQ, which have no planner, run here too, by their own defaults after 1,000 random steps."]
+        lines += ["Minutes are of one thread, evaluations included.", ""]
+        clock, align = " minutes |", "--:|"
+    lines += [f"| task | variant | agent steps | env steps | seeds | planner | policy prior | each seed's planner |{clock}"]
+    lines += [f"|---|---|--:|--:|--:|--:|--:|---|{align}"]
+    for (task, variant), runs in last.items():
+        planner, prior, wall_s = (
+            np.array([getattr(row, name) for row in runs]) for name in ("planner_return", "prior_return", "wall_s")
+        )
+        each = ", ".join(f"{value:.0f}" for value in planner)
+        lines.append(
+            f"| {escaped(task)} | {escaped(variant)} | {runs[0].agent_steps:,} | {runs[0].env_steps:,} | {len(runs)} "
+            f"| {_mean_and_std(planner)} | {'' if variant in ALGORITHMS else _mean_and_std(prior)} | {each} |"
+            + (f" {wall_s.mean() / 60:.0f} |" if others else "")
+        )
+    return lines
 
 
 def _beside_published(last: dict[tuple[str, str], list[Row]]) -> list[str]:
@@ -329,9 +343,9 @@ def plot(task: str, table: Sequence[Row], path: Path) -> None:
         by_step = frame.groupby("env_steps")["planner_return"]
         mean, low, high = by_step.mean(), by_step.min(), by_step.max()
         n_seeds = frame["seed"].nunique()
-        (line,) = axes.plot(
-            mean.index, mean, "o-", label=f"ours, {plain(variant)} ({n_seeds} seed{'s' * (n_seeds > 1)}, range)"
-        )
+        whose = "run here" if variant in ALGORITHMS else "ours"
+        label = f"{whose}, {plain(variant)} ({n_seeds} seed{'s' * (n_seeds > 1)}, range)"
+        (line,) = axes.plot(mean.index, mean, "o-", label=label)
         axes.fill_between(mean.index, low, high, alpha=0.2, color=line.get_color())
         if clock is not None:
             clock.plot(frame.groupby("env_steps")["wall_s"].mean() / 60.0, mean, "o-", color=line.get_color())
