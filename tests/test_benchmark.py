@@ -356,11 +356,15 @@ def test_reports_table_goes_by_task_whatever_the_order_of_the_rows():
     assert shown[:4] == sorted(runs, key=lambda run: run[0] == "Hopper-v5")
 
 
-def test_report_shows_the_tasks_that_it_was_asked_for(monkeypatch, capsys):
+def test_report_shows_the_tasks_and_variants_that_it_was_asked_for(monkeypatch, capsys):
     for task in ("Pendulum-v1", "InvertedPendulum-v5"):
-        rows.append(Path("results.csv"), [ROW._replace(task=task)])
-    assert command(monkeypatch, "benchmark", "report", "results.csv", "--out", "page.md", "--tasks", "Pendulum-v1") == 0
-    assert "| Pendulum-v1 |" in Path("page.md").read_text() and "Inverted" not in Path("page.md").read_text()
+        rows.append(Path("results.csv"), [ROW._replace(task=task), ROW._replace(task=task, variant="uniform")])
+    asked = "--tasks", "Pendulum-v1", "--variants", "release"
+    assert command(monkeypatch, "benchmark", "report", "results.csv", "--out", "page.md", *asked) == 0
+    page = Path("page.md").read_text()
+    assert "| Pendulum-v1 | release |" in page and "Inverted" not in page and "uniform" not in page
+    assert command(monkeypatch, "benchmark", "report", "results.csv", "--out", "page.md", *asked, "SAC") != 0
+    assert "no evaluation of SAC" in capsys.readouterr().err and Path("page.md").read_text() == page
     assert command(monkeypatch, "benchmark", "report", "results.csv", "--tasks", "Pendulum-v2") != 0
     assert "no evaluation of Pendulum-v2" in capsys.readouterr().err
 

@@ -69,6 +69,7 @@ def benchmark(arguments: list[str], cpu: bool, on_a_cluster: Callable[..., int])
     page.add_argument("csv", nargs="+", type=Path, help="CSVs of benchmark run")
     page.add_argument("--out", type=Path, default=Path("logs/benchmark/report.md"))
     page.add_argument("--tasks", nargs="+", metavar="ENV", help="leave out all others")
+    page.add_argument("--variants", nargs="+", metavar="NAME", help="leave out all others")
     page.add_argument("--until", type=_positive, help="agent steps: leave out later evaluations, of longer runs")
     long = commands.add_parser("export", help="CSVs in long form: exp_name,env_name,seed,metric,env_step,value")
     long.add_argument("csv", nargs="+", type=Path, help="CSVs of benchmark run")
@@ -77,7 +78,7 @@ def benchmark(arguments: list[str], cpu: bool, on_a_cluster: Callable[..., int])
 
     if args.command in ("report", "export"):
         if args.command == "report":
-            problems = report.write(args.csv, args.out, args.tasks, args.until)
+            problems = report.write(args.csv, args.out, args.tasks, args.until, args.variants)
         else:
             problems = export.write(args.csv, args.out)
         print(f"wrote {args.out}")

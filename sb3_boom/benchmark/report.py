@@ -151,15 +151,23 @@ def last_rows(table: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     return result
 
 
-def write(paths: Sequence[Path], output: Path, only: Sequence[str] | None = None, until: int | None = None) -> list[str]:
+def write(
+    paths: Sequence[Path],
+    output: Path,
+    tasks: Sequence[str] | None = None,
+    until: int | None = None,
+    variants: Sequence[str] | None = None,
+) -> list[str]:
     """
     Write ``output`` and, beside it, a curve per task as PNG.
 
     :param paths: CSVs of benchmarks
     :param output: the Markdown page
-    :param only: environment ids of the tasks to show; default: all
+    :param tasks: environment ids of those to show; default: all
     :param until: agent steps beyond which evaluations are left out, to compare runs of different lengths; default: none
-    :return: what was left out: lines of the CSVs that are no rows, variants whose seeds were evaluated at different steps
+    :param variants: names of those to show; default: all
+    :return: what was left out: lines of the CSVs that are no rows, variants whose seeds were evaluated at different steps,
+        tasks and variants that were asked for and are not there
     :raises ValueError: for a file that is no benchmark CSV, or if there is no row at all
     """
     by_key: dict[tuple, Row] = {}
@@ -168,16 +176,20 @@ def write(paths: Sequence[Path], output: Path, only: Sequence[str] | None = None
         found, wrong = rows.read(path)
         problems += wrong
         for row in found:
-            if (not only or row.task in only) and (until is None or row.agent_steps <= until):
+            chosen = (not tasks or row.task in tasks) and (not variants or row.variant in variants)
+            if chosen and (until is None or row.agent_steps <= until):
                 if by_key.setdefault((*row.run, row.agent_steps), row) != row:
                     problems.append(f"{path}: {row} is in an earlier file too, otherwise; it is left out")
     table = list(by_key.values())
+    within = "" if until is None else f" up to step {until}"
     if not table:
-        within = (f" of {', '.join(only)}" if only else "") + ("" if until is None else f" up to step {until}")
-        raise ValueError(f"no evaluation{within} in {', '.join(map(str, paths))}")
+        asked = ", ".join([*(tasks or ()), *(variants or ())])
+        raise ValueError(f"no evaluation{asked and f' of {asked}'}{within} in {', '.join(map(str, paths))}")
+    there = {row.task for row in table} | {row.variant for row in table}
+    problems += [f"no evaluation of {name}{within}" for name in (*(tasks or ()), *(variants or ())) if name not in there]
     output.parent.mkdir(parents=True, exist_ok=True)
-    tasks = list(dict.fromkeys(row.task for row in table))
-    last = dict(sorted(last_rows(table).items(), key=lambda item: tasks.index(item[0][0])))
+    shown = list(dict.fromkeys(row.task for row in table))
+    last = dict(sorted(last_rows(table).items(), key=lambda item: shown.index(item[0][0])))
     for task, variant in dict.fromkeys((row.task, row.variant) for row in table):
         if (task, variant) not in last:
             problems.append(f"{task} {variant}: its seeds have no step in common; it is in the curves alone")
@@ -192,7 +204,7 @@ def write(paths: Sequence[Path], output: Path, only: Sequence[str] | None = None
     lines += _beside_published(last)
     lines += _aggregates(last)
     lines += ["", "## Curves", ""]
-    for task in tasks:
+    for task in shown:
         image = output.parent / f"{output.stem}-{file_name(task)}.png"
         plot(task, [row for row in table if row.task == task], image)
         lines.append(f"![{escaped(task)}]({quote(image.name)})")
