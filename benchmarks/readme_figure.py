@@ -1,12 +1,12 @@
 """
-Draw the README's figures: BOOM's learning curves beside SAC's on DMC, and beside CrossQ's and others' on Gymnasium's MuJoCo.
+Draw the README's figures: BOOM's learning curves beside SAC's on DMC, and beside SAC's and others' on Gymnasium's MuJoCo.
 
     python benchmarks/readme_figure.py
 
 Ours are the three seeds of ``results/dmc6.csv``, each evaluation ten episodes of the planner. SAC's are the means that
 TD-MPC2's authors released; they come from other machines, with one point for every 100,000 env steps. On Gymnasium's tasks
-ours are those of ``results/gym5.csv``, with the seeds that are there; the others are published, see
-``sb3_boom/benchmark/published``.
+ours are those of ``results/gym5.csv`` and ``gym5-begun.csv``, with the seeds that are there; SAC's are SB3's, run by us
+(``results/others.csv``); the others are published, see ``sb3_boom/benchmark/published``.
 """
 
 import argparse
@@ -55,25 +55,31 @@ def draw(csv: pathlib.Path, output: pathlib.Path) -> None:
     figure.savefig(output, dpi=110)
 
 
-def draw_gymnasium(csv: pathlib.Path, output: pathlib.Path) -> None:
+def draw_gymnasium(results: pathlib.Path, output: pathlib.Path) -> None:
     """
-    :param csv: of ``sb3-boom benchmark run``
+    :param results: folder with CSVs of ``sb3-boom benchmark run``
     :param output: the PNG
     """
-    table = pd.read_csv(csv)
+    table = pd.concat([pd.read_csv(results / name) for name in ("gym5.csv", "gym5-begun.csv")])
+    others = pd.read_csv(results / "others.csv")
+    run_here = (
+        (table, "tab:blue", "BOOM, this package:\nmean and range"),
+        (others[others["variant"] == "SAC"], "tab:orange", "SAC (SB3), run by us:\nthree seeds"),
+    )
     figure, grid = plt.subplots(2, 3, figsize=(9.5, 5.2), sharex=True)
     *panels, legend = grid.flat
     for axes, task in zip(panels, SUITES["gym5"], strict=True):
-        runs = table[table["task"] == task]
-        by_step = runs.groupby("env_steps")["planner_return"]
-        steps, n_seeds = by_step.mean().index / 1000, runs["seed"].nunique()
-        axes.plot(steps, by_step.mean(), "o-", color="tab:blue", label="BOOM, this package:\nmean and range")
-        axes.fill_between(steps, by_step.min(), by_step.max(), color="tab:blue", alpha=0.2)
+        for rows, color, label in run_here:
+            by_step = rows[rows["task"] == task].groupby("env_steps")["planner_return"]
+            steps = by_step.mean().index / 1000
+            axes.plot(steps, by_step.mean(), "o-", color=color, label=label)
+            axes.fill_between(steps, by_step.min(), by_step.max(), color=color, alpha=0.2)
         for curve in published_curves(task):
             if curve.algorithm in BESIDE:
                 near = curve.env_steps <= table["env_steps"].max()
                 label = f"{curve.algorithm}, published (v4)"
                 axes.plot(curve.env_steps[near] / 1000, curve.mean[near], "s--", color=BESIDE[curve.algorithm], label=label)
+        n_seeds = table[table["task"] == task]["seed"].nunique()
         axes.set(title=f"{task} ({n_seeds} seed{'s' * (n_seeds > 1)})", ylim=(0, None))
     legend.axis("off")
     legend.legend(*axes.get_legend_handles_labels(), loc="center", frameon=False)
@@ -91,7 +97,7 @@ def main() -> None:
     args = parser.parse_args()
     matplotlib.use("Agg")
     draw(args.csv, args.out)
-    draw_gymnasium(args.csv.with_name("gym5.csv"), args.out.with_name("boom-on-gymnasium.png"))
+    draw_gymnasium(args.csv.parent, args.out.with_name("boom-on-gymnasium.png"))
 
 
 if __name__ == "__main__":
