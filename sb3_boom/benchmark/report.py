@@ -248,11 +248,11 @@ def _mean_and_std(returns: np.ndarray) -> str:
 
 
 def _returns(last: dict[tuple[str, str], list[Row]]) -> list[str]:
-    others = any(variant in ALGORITHMS for _, variant in last)
+    others = [name for name in ALGORITHMS if any(name == variant for _, variant in last)]
     lines, clock, align = [], "", ""
     if others:
-        lines = ["SAC, TQC and CrossQ, which have no planner, run here too, by their own defaults after 1,000 random steps."]
-        lines += ["Minutes are of one thread, evaluations included.", ""]
+        lines = [f"Run here too, by their own defaults after 1,000 random steps and without a planner: {', '.join(others)}."]
+        lines += ["Minutes are of one thread, evaluations and whatever else the machine did included.", ""]
         clock, align = " minutes |", "--:|"
     lines += [f"| task | variant | agent steps | env steps | seeds | planner | policy prior | each seed's planner |{clock}"]
     lines += [f"|---|---|--:|--:|--:|--:|--:|---|{align}"]
