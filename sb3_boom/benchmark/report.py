@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from sb3_boom.benchmark import rows
-from sb3_boom.benchmark.baselines import ALGORITHMS
+from sb3_boom.benchmark.baselines import ALGORITHMS, LEARNING_STARTS
 from sb3_boom.benchmark.rows import Row
 
 PUBLISHED = Path(__file__).parent / "published"
@@ -251,7 +251,8 @@ def _returns(last: dict[tuple[str, str], list[Row]]) -> list[str]:
     others = [name for name in ALGORITHMS if any(name == variant for _, variant in last)]
     lines, clock, align = [], "", ""
     if others:
-        lines = [f"Run here too, by their own defaults after 1,000 random steps and without a planner: {', '.join(others)}."]
+        names = ", ".join(others)
+        lines = [f"Run here too, by their own defaults after {LEARNING_STARTS:,} random steps and without a planner: {names}."]
         lines += ["Minutes are of one thread, evaluations and whatever else the machine did included.", ""]
         clock, align = " minutes |", "--:|"
     lines += [f"| task | variant | agent steps | env steps | seeds | planner | policy prior | each seed's planner |{clock}"]
