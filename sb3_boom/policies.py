@@ -18,7 +18,7 @@ from sb3_boom.core import planner
 from sb3_boom.core.actor import Actor
 from sb3_boom.core.augmentation import random_shift
 from sb3_boom.core.compilation import bf16_products, choose_compiler, compiled
-from sb3_boom.core.critic import Critic, draw_pairs
+from sb3_boom.core.critic import Critic
 from sb3_boom.core.graphs import Graphs, captures_on
 from sb3_boom.core.planner import Plan, PlannerConfig, PlannerNoise, make_config
 from sb3_boom.core.torch_layers import set_mode
@@ -35,7 +35,6 @@ MODEL_SIZES: dict[str, tuple[int, int, int, int, int]] = {
     "48M": (1792, 1792, 768, 5, 4),
     "317M": (4096, 4096, 1376, 8, 5),
 }
-DETERMINISTIC_PAIRS_SEED = 0
 
 
 def is_dog_sized(action_dim: int) -> bool:
@@ -335,30 +334,16 @@ class BOOMPolicy(BasePolicy):
         tensors = {key.removeprefix("obs/"): value for key, value in sent.items()}
         return (tensors if isinstance(obs, dict) else tensors[""]), starts_tensor
 
-    def _noise(self, n_envs: int, generator: th.Generator | None = None) -> planner.PlannerNoise:
-        return planner.draw_noise(self.planner_config, n_envs, self.action_dim, self.critic.n_critics, self.device, generator)
+    def _noise(self, n_envs: int) -> PlannerNoise:
+        return planner.draw_noise(self.planner_config, n_envs, self.action_dim, self.critic.n_critics, self.device)
 
-    def _deterministic_noise(self, obs: PyTorchObs) -> planner.PlannerNoise:
+    def _deterministic_noise(self, obs: PyTorchObs) -> PlannerNoise:
         """Noise that depends on each row's observation alone. :param obs: observations ``[E, ...]``"""
         parts = [obs[key] for key in sorted(obs)] if isinstance(obs, dict) else [obs]
         rows = [part.reshape(len(part), -1).float().cpu().numpy() + 0.0 for part in parts]  # -0.0 is 0.0
-        generator = th.Generator(self.device)
-        noises = []
-        for row in zip(*rows, strict=True):
-            digest = hashlib.blake2b(b"".join(part.tobytes() for part in row), digest_size=8).digest()
-            noises.append(self._noise(1, generator.manual_seed(int.from_bytes(digest, "little") >> 1)))
-        policy, candidates, terminal, exploration, elite, _ = zip(*noises, strict=True)
-        # the critics are shared by the batch, so their choice can't depend on a row
-        generator.manual_seed(DETERMINISTIC_PAIRS_SEED)
-        pairs = draw_pairs(self.planner_config.n_iterations, self.critic.n_critics, self.device, generator)
-        return planner.PlannerNoise(
-            th.cat(policy, dim=1),
-            th.cat(candidates, dim=2),
-            th.cat(terminal, dim=1),
-            th.cat(exploration),
-            th.full_like(th.cat(elite), th.inf),
-            pairs,
-        )
+        digests = (hashlib.blake2b(b"".join(part.tobytes() for part in row), digest_size=8) for row in zip(*rows, strict=True))
+        seeds = [int.from_bytes(digest.digest(), "little") >> 1 for digest in digests]
+        return planner.draw_noise_by_row(self.planner_config, seeds, self.action_dim, self.critic.n_critics, self.device)
 
     def initial_mean(self, n_envs: int) -> th.Tensor:
         """

@@ -5,6 +5,7 @@ Pure functions of networks, latents and noise (torch only), batched over ``E`` e
 ``N`` samples, ``K`` elites, ``P`` policy trajectories, ``A`` action dimensions, ``L`` latent dimensions.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from sb3_boom.core.world_model import WorldModel
 PLANNERS = ("mppi", "cem")
 HORIZON_VALUES = ("mean", "min")
 AT_BOUND = 0.999  # an action in [-1, 1] at least that large counts as being at its bound
+PAIRS_SEED = 0  # of the critics, where the rest of a plan's randomness is its observation's
 PLANNER_KWARGS = (
     "n_samples",
     "n_elites",
@@ -197,6 +199,34 @@ def draw_noise(
     gumbel = -th.empty(n_envs, config.n_elites, device=device).exponential_(generator=generator).log()
     pairs = draw_pairs(n_iterations, n_critics, device, generator)
     return PlannerNoise(policy, candidates, terminal, exploration, gumbel, pairs)
+
+
+def draw_noise_by_row(
+    config: PlannerConfig, seeds: Iterable[int], action_dim: int, n_critics: int, device: th.device
+) -> PlannerNoise:
+    """
+    Draw the randomness of one plan so that a row's is its seed's alone, whatever it is planned with, and its action the mean.
+
+    :param config: the planner's settings
+    :param seeds: one for each of ``E`` environments
+    :param action_dim: ``A``
+    :param n_critics: size of the critic ensemble
+    :param device: where the result lives
+    :return: noise for :func:`plan`, with infinite ``elite``
+    """
+    generator = th.Generator(device)
+    rows = [draw_noise(config, 1, action_dim, n_critics, device, generator.manual_seed(seed)) for seed in seeds]
+    policy, candidates, terminal, exploration, elite, _ = zip(*rows, strict=True)
+    # the critics are shared by the batch, so their choice can't depend on a row
+    pairs = draw_pairs(config.n_iterations, n_critics, device, generator.manual_seed(PAIRS_SEED))
+    return PlannerNoise(
+        th.cat(policy, dim=1),
+        th.cat(candidates, dim=2),
+        th.cat(terminal, dim=1),
+        th.cat(exploration),
+        th.full_like(th.cat(elite), th.inf),
+        pairs,
+    )
 
 
 def policy_trajectories(world_model: WorldModel, actor: Actor, z: th.Tensor, noise: th.Tensor) -> th.Tensor:
