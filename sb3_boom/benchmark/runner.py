@@ -61,7 +61,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "two_updates": {"gradient_steps": 2},
     "gamma_0.99": {"gamma": 0.99},
     "tau_0.01": {"tau": 0.01},
-    "mean_tau_0.01": {"tau": 0.01, "planner_kwargs": {"horizon_value": "mean"}},  # BOOM's own defaults
+    "mean_tau_0.01": {"tau": 0.01, "planner_kwargs": {"horizon_value": "mean"}},
+    "mean_tau_0.01_starts_auto": {"tau": 0.01, "planner_kwargs": {"horizon_value": "mean"}, "learning_starts": "auto"},
+    "min_tau_0.05": {"tau": 0.05, "planner_kwargs": {"horizon_value": "min"}},
+    "starts_auto": {"learning_starts": "auto"},
     **{f"temperature_{value:g}": {"planner_kwargs": {"temperature": value}} for value in (0.05, 0.01)},
     "policy_samples_64": {"planner_kwargs": {"n_policy_samples": 64}},
     "normalized": {"normalize": {"norm_reward": False}},
