@@ -63,7 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tau_0.01": {"tau": 0.01},
     "mean_tau_0.01": {"tau": 0.01, "planner_kwargs": {"horizon_value": "mean"}},
     "mean_tau_0.01_starts_auto": {"tau": 0.01, "planner_kwargs": {"horizon_value": "mean"}, "learning_starts": "auto"},
-    "min_tau_0.05": {"tau": 0.05, "planner_kwargs": {"horizon_value": "min"}},
+    "tau_0.05": {"tau": 0.05},
     "starts_auto": {"learning_starts": "auto"},
     **{f"temperature_{value:g}": {"planner_kwargs": {"temperature": value}} for value in (0.05, 0.01)},
     "policy_samples_64": {"planner_kwargs": {"n_policy_samples": 64}},
