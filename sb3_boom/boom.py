@@ -124,7 +124,8 @@ class BOOM(CollectingAlgorithm):
         ``n_iterations`` ``I`` ("auto": 6, or 8 for A >= 20), ``n_policy_samples`` ``P`` (24) of them by the policy; the best
         ``n_elites`` ``K`` (64) shape the next iteration, weighted by ``exp(temperature * value)`` (0.5) except by "cem";
         ``min_std`` (0.05) and ``max_std`` (2) bound its std, of actions in [-1, 1];
-        ``horizon_value`` ("mean" of two critics) may be "min" of all
+        ``horizon_value`` is "mean" of two critics, the paper's, "min" of all, or (default, except with
+        ``alignment="release"``) "auto": "mean" until an episode has ended by a termination, then "min"
     :param policy_kwargs: additional arguments to be passed to the policy on creation, such as ``dict(model_size="1M")``,
         ``encoder_lr_scale``, ``compile`` or ``tf32``. See :class:`~sb3_boom.policies.BOOMPolicy`
     :param worker_timeout: seconds after which a worker of a SubprocVecEnv that does not answer is an error; None waits as
@@ -314,6 +315,8 @@ class BOOM(CollectingAlgorithm):
             self.preset = "paper"  # its sizes were the defaults then
         if self.format_version < 3 and self.align_scale == "auto":
             self.align_scale = BY_Q_SCALE  # there was nothing else
+        if self.format_version < 4:
+            self.planner_kwargs = {"horizon_value": "mean", **(self.planner_kwargs or {})}
         self.format_version = FORMAT_VERSION
 
     def _setup_learn(
@@ -488,6 +491,7 @@ class BOOM(CollectingAlgorithm):
         """
         terms = self.meters.take_terms()
         check_losses(terms, self._n_updates)
+        self.policy.settle_horizon_value()
         for name, value in terms.items():
             self.logger.record_mean(f"train/{name}", value, exclude)
         if "alignment" not in self.warned and terms:

@@ -22,8 +22,9 @@ from sb3_boom.buffers import WeightedReplayBuffer
 from sb3_boom.core import losses
 from sb3_boom.policies import BOOMPolicy
 
-# of saved archives. 1: compile, tf32 and encoder_lr_scale beside policy_kwargs, no preset; 2: no align_scale
-FORMAT_VERSION = 3
+# of saved archives. 1: compile, tf32 and encoder_lr_scale beside policy_kwargs, no preset; 2: no align_scale;
+# 3: horizon_value "mean" where it is not given
+FORMAT_VERSION = 4
 MAX_DATA_BYTES = 2**28  # of an archive's settings; a replay buffer has a file of its own
 GATE_WARNING_STEPS = 50_000
 # arguments of the policy that the algorithm passes on

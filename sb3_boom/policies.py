@@ -1,5 +1,6 @@
 """Policies for BOOM: world model, policy, critics and planner in one SB3 policy."""
 
+import dataclasses
 import functools
 import hashlib
 import numbers
@@ -197,6 +198,7 @@ class BOOMPolicy(BasePolicy):
         self.graphs = Graphs()
         self.encoder_lr_scale = encoder_lr_scale
         self.planner_config = make_config(planner, planner_kwargs, self.action_dim, horizon, gamma)
+        self.horizon_value_settles = (planner_kwargs or {}).get("horizon_value") == "auto"
         self.features_extractor = self.make_features_extractor()
         if type(self.features_extractor) in (NatureCNN, CombinedExtractor):  # not a user's, which may be trained already
             # as SB3's on-policy policies: torch's own start makes almost the same features of all dark images
@@ -251,6 +253,17 @@ class BOOMPolicy(BasePolicy):
     def may_capture(self) -> bool:
         """:return: whether plan and update become CUDA graphs: on a GPU, compiled, where no forward hook is to be called"""
         return self.capture and captures_on(self.device) and self.compiler is compiled and not self.graphs.bars(self)
+
+    def settle_horizon_value(self) -> None:
+        """Where ``horizon_value`` is "auto", plan by "min" if terminations have been learned from; waits for the device."""
+        if self.horizon_value_settles:
+            horizon_value = "min" if bool(self.terminations_seen) else "mean"
+            self.planner_config = dataclasses.replace(self.planner_config, horizon_value=horizon_value)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().load_state_dict(*args, **kwargs)
+        self.settle_horizon_value()
+        return result
 
     def forget_graphs(self) -> None:
         """Drop all CUDA graphs; to be called after a layer or a parameter has been replaced, which none notices."""

@@ -63,7 +63,8 @@ def resolve_auto(settings: Mapping[str, Any], device: th.device, env: GymEnv | N
     """
     name = choose_preset(settings["preset"], device)
     preset = PRESETS[name]
-    planner_kwargs = {**preset.planner_kwargs, **(settings["planner_kwargs"] or {})}
+    horizon_value = "mean" if settings["alignment"] == "release" else "auto"
+    planner_kwargs = {"horizon_value": horizon_value, **preset.planner_kwargs, **(settings["planner_kwargs"] or {})}
     if planner_kwargs["n_iterations"] == "auto":
         planner_kwargs["n_iterations"] = 8 if action_dim >= 20 else 6
     length = episode_length(env)

@@ -20,6 +20,7 @@ from stable_baselines3.common.logger import configure
 
 import sb3_boom
 from sb3_boom import BOOM, zoo
+from sb3_boom.checks import FORMAT_VERSION
 from sb3_boom.presets import PRESETS, choose_preset
 from sb3_boom.progress import Pace, duration
 
@@ -132,8 +133,57 @@ def test_models_from_before_the_alignments_scale_go_on_by_the_q_scale(tmp_path):
     model.format_version = 2
     model.save(tmp_path / "model")
     loaded = BOOM.load(tmp_path / "model")
-    assert (loaded.align_scale, loaded.format_version) == ("q_scale", 3)
+    assert (loaded.align_scale, loaded.format_version) == ("q_scale", FORMAT_VERSION)
     assert BOOM.load(tmp_path / "model", align_scale=2.0).align_scale == 2.0
+
+
+class Falls(gym.Wrapper):
+    """Ends every episode after five steps, by a termination if ``falls`` and else by a truncation."""
+
+    falls = True
+
+    def reset(self, **kwargs):
+        self.left = 5
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        obs, reward, *_, info = self.env.step(action)
+        self.left -= 1
+        ends = self.left == 0
+        return obs, reward, ends and self.falls, ends and not self.falls, info
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_plans_trust_the_lowest_critic_once_an_episode_has_been_terminated(falls, tmp_path):
+    env = Falls(short_pendulum())
+    env.falls = falls
+    model = BOOM("MlpPolicy", env, **SHORT)
+    assert model.policy.planner_config.horizon_value == "mean"
+    model.learn(21)
+    expected = "min" if falls else "mean"
+    assert model.policy.planner_config.horizon_value == expected
+    model.save(tmp_path / "model")
+    model.policy.save(tmp_path / "policy")
+    loaded = BOOM.load(tmp_path / "model", planner_kwargs=dict(temperature=0.1))
+    assert (loaded.policy.planner_config.horizon_value, loaded.policy.planner_config.temperature) == (expected, 0.1)
+    assert type(model.policy).load(tmp_path / "policy").planner_config.horizon_value == expected
+    loaded.set_parameters(BOOM("MlpPolicy", env, **SHORT).get_parameters())
+    assert loaded.policy.planner_config.horizon_value == "mean"
+
+
+@pytest.mark.parametrize("kwargs", [dict(alignment="release"), dict(planner_kwargs=dict(horizon_value="mean"))])
+def test_plans_as_released_and_those_told_so_trust_the_critics_mean(kwargs):
+    model = BOOM("MlpPolicy", Falls(short_pendulum()), **{**SHORT, **kwargs}).learn(21)
+    assert model.policy.planner_config.horizon_value == "mean" and bool(model.policy.terminations_seen)
+
+
+def test_models_from_before_the_horizons_value_was_automatic_keep_the_mean(tmp_path):
+    model = BOOM("MlpPolicy", Falls(short_pendulum()), **dict(SHORT, planner_kwargs=dict(n_samples=32))).learn(21)
+    del model.planner_kwargs["horizon_value"]
+    model.format_version = 3
+    model.save(tmp_path / "model")
+    for archive in (BOOM.load(tmp_path / "model"), BOOM.load(tmp_path / "model", planner_kwargs=dict(n_samples=16))):
+        assert archive.policy.planner_config.horizon_value == "mean" and bool(archive.policy.terminations_seen)
 
 
 def test_entries_say_their_sizes_and_the_papers_tasks_their_alignment():

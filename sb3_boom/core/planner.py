@@ -78,7 +78,7 @@ class PlannerConfig:
         if self.temperature <= 0.0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
         if self.horizon_value not in HORIZON_VALUES:
-            raise ValueError(f"horizon_value must be one of {', '.join(HORIZON_VALUES)}, not {self.horizon_value!r}")
+            raise ValueError(f'horizon_value must be {", ".join(HORIZON_VALUES)} or auto, not {self.horizon_value!r}')
 
 
 def make_config(
@@ -88,7 +88,8 @@ def make_config(
     Check the planner's settings and fill in what is "auto".
 
     :param name: "mppi" or "cem"
-    :param planner_kwargs: some of :data:`PLANNER_KWARGS`; ``n_iterations`` may be "auto": 6, or 8 for A >= 20
+    :param planner_kwargs: some of :data:`PLANNER_KWARGS`; ``n_iterations`` may be "auto": 6, or 8 for A >= 20; and
+        ``horizon_value``: "mean", which is the policy's to change
     :param action_dim: ``A``
     :param horizon: ``H``
     :param gamma: ``γ``
@@ -104,6 +105,8 @@ def make_config(
         raise ValueError(f"unknown planner_kwargs {', '.join(unknown)}: choose among {', '.join(PLANNER_KWARGS)}")
     if kwargs.get("n_iterations", "auto") == "auto":
         kwargs["n_iterations"] = 8 if action_dim >= 20 else 6
+    if kwargs.get("horizon_value") == "auto":
+        kwargs["horizon_value"] = "mean"
     return PlannerConfig(**kwargs, horizon=horizon, gamma=gamma, uniform_elites=name == "cem")
 
 
