@@ -48,7 +48,7 @@ from sb3_boom.guards import (
 )
 from sb3_boom.meters import Meters
 from sb3_boom.policies import BOOMPolicy, CnnPolicy, MlpPolicy, MultiInputPolicy
-from sb3_boom.presets import model_size, resolve_auto
+from sb3_boom.presets import TAU, TAU_WITH_TERMINATIONS, model_size, resolve_auto
 from sb3_boom.prior import PolicyPrior
 from sb3_boom.progress import Pace, PretrainingStopped, leaves, show_pretraining
 from sb3_boom.update import update
@@ -79,7 +79,8 @@ class BOOM(CollectingAlgorithm):
     :param learning_starts: random steps, of all environments together, before the first update, once per model. Default
         "auto": ``max(1000, 5 T)`` for episodes of ``T`` agent steps, 2500 if ``T`` is unknown
     :param batch_size: sub-trajectories ``B`` per update. Default "auto": 256 with the paper's preset, 128 with "cpu"
-    :param tau: ``τ``, Polyak factor of the target critics and of the running Q scale ``S``, per update
+    :param tau: ``τ``, Polyak factor of the target critics and of the running Q scale ``S``, per update. Default "auto": 0.01,
+        and 0.05 once an episode has ended by a termination, except with ``alignment="release"``
     :param gamma: ``γ``, discount per agent step. Default "auto": ``(T/5 - 1) / (T/5)`` within [0.95, 0.995], 0.99 if ``T`` is
         unknown
     :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
@@ -167,7 +168,7 @@ class BOOM(CollectingAlgorithm):
         buffer_size: int = 1_000_000,
         learning_starts: int | Literal["auto"] = "auto",
         batch_size: int | Literal["auto"] = "auto",
-        tau: float = 0.01,
+        tau: float | Literal["auto"] = "auto",
         gamma: float | Literal["auto"] = "auto",
         train_freq: int | tuple[int, str] = 1,
         gradient_steps: int = 1,
@@ -211,7 +212,7 @@ class BOOM(CollectingAlgorithm):
             buffer_size,
             learning_starts,  # type: ignore[arg-type]  # resolved in _setup_model
             batch_size,  # type: ignore[arg-type]  # resolved in _setup_model
-            tau,
+            tau,  # type: ignore[arg-type]  # see _loss_config
             gamma,  # type: ignore[arg-type]  # resolved in _setup_model
             train_freq,
             gradient_steps,
@@ -423,6 +424,9 @@ class BOOM(CollectingAlgorithm):
         within_learn = self._callback is not None
         if within_learn and not (self._has_enough_data() and self.replay_buffer.can_sample()):
             return
+        if self._n_updates == 0 and self.replay_buffer.holds_terminations():
+            self.policy.terminations_seen.fill_(1.0)  # now, since what follows from them is compiled
+            self._look_for_terminations()
         if self._n_updates == 0 and self.verbose >= 1 and self.policy.compiler is compiled:
             print("Compiling losses and planner: up to two minutes the first time, seconds from the cache later")
         if within_learn:
@@ -491,7 +495,7 @@ class BOOM(CollectingAlgorithm):
         """
         terms = self.meters.take_terms()
         check_losses(terms, self._n_updates)
-        self.policy.settle_horizon_value()
+        self._look_for_terminations()
         for name, value in terms.items():
             self.logger.record_mean(f"train/{name}", value, exclude)
         if "alignment" not in self.warned and terms:
@@ -499,8 +503,17 @@ class BOOM(CollectingAlgorithm):
             if can_be_on or warn_if_never_aligned(self.num_timesteps):
                 self.warned.add("alignment")
 
+    def _look_for_terminations(self) -> None:
+        expected = self.policy.expects_terminations
+        self.policy.look_for_terminations()
+        if self.verbose >= 1 and self.policy.expects_terminations and not expected:
+            tau, horizon_value = self._loss_config().tau, self.policy.planner_config.horizon_value
+            print(f'Episodes are terminated: tau={tau} and, for plans, horizon_value="{horizon_value}" from now on')
+
     def _loss_config(self) -> LossConfig:
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(LossConfig)}
+        if self.tau == "auto":
+            settings["tau"] = TAU_WITH_TERMINATIONS if self.policy.expects_terminations else TAU
         if self.replay_buffer is not None and self.replay_buffer.value_temperature is not None:
             settings["align_weighting"] = "uniform"  # what is drawn by value is weighted already
         return LossConfig(**settings)

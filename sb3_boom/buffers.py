@@ -129,6 +129,10 @@ class WeightedReplayBuffer(ReplayBuffer):
         self._slots = np.empty((0, self.n_envs), dtype=np.int32)  # final_slot, where the host reads it
         self._normalization = Normalization()
 
+    def holds_terminations(self) -> bool:
+        """:return: whether a stored step ended its episode by a termination; waits for the device"""
+        return self.size() > 0 and bool(self._storage["steps"][: self.size(), :, -1].any())
+
     # ------------------------------------------------------------------ storing
 
     def add(

@@ -53,7 +53,7 @@ RANGES = {
 POSITIVE = ("tau", "worker_timeout", "align_scale", "align_temperature", "max_grad_norm")
 # what may be a word in a number's place
 WORDS = {
-    **dict.fromkeys(("learning_starts", "pretrain_steps", "batch_size", "gamma", "align_coef"), ("auto",)),
+    **dict.fromkeys(("learning_starts", "pretrain_steps", "batch_size", "tau", "gamma", "align_coef"), ("auto",)),
     "align_scale": ("auto", losses.BY_Q_SCALE),
 }
 Self = TypeVar("Self")

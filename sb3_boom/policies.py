@@ -94,6 +94,7 @@ class BOOMPolicy(BasePolicy):
     :ivar actor_optimizer: of the policy
     :ivar q_scale: ``S``, running scale of Q-values, a scalar tensor
     :ivar terminations_seen: scalar tensor, 1 once a termination has been learned from, else 0; plans count them from then on
+    :ivar expects_terminations: whether they are predicted and have been seen, as :meth:`look_for_terminations` last found
     :ivar capture: False: on a GPU too, launch plan and update kernel by kernel, without CUDA graphs. Default True
     :raises ValueError: for settings outside of these
     """
@@ -199,6 +200,7 @@ class BOOMPolicy(BasePolicy):
         self.encoder_lr_scale = encoder_lr_scale
         self.planner_config = make_config(planner, planner_kwargs, self.action_dim, horizon, gamma)
         self.horizon_value_settles = (planner_kwargs or {}).get("horizon_value") == "auto"
+        self.expects_terminations = False
         self.features_extractor = self.make_features_extractor()
         if type(self.features_extractor) in (NatureCNN, CombinedExtractor):  # not a user's, which may be trained already
             # as SB3's on-policy policies: torch's own start makes almost the same features of all dark images
@@ -254,15 +256,16 @@ class BOOMPolicy(BasePolicy):
         """:return: whether plan and update become CUDA graphs: on a GPU, compiled, where no forward hook is to be called"""
         return self.capture and captures_on(self.device) and self.compiler is compiled and not self.graphs.bars(self)
 
-    def settle_horizon_value(self) -> None:
-        """Where ``horizon_value`` is "auto", plan by "min" if terminations have been learned from; waits for the device."""
+    def look_for_terminations(self) -> None:
+        """Read whether a termination has been seen, and settle the ``horizon_value`` by it; waits for the device."""
+        self.expects_terminations = self.world_model.termination is not None and bool(self.terminations_seen)
         if self.horizon_value_settles:
-            horizon_value = "min" if bool(self.terminations_seen) else "mean"
+            horizon_value = "min" if self.expects_terminations else "mean"
             self.planner_config = dataclasses.replace(self.planner_config, horizon_value=horizon_value)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         result = super().load_state_dict(*args, **kwargs)
-        self.settle_horizon_value()
+        self.look_for_terminations()
         return result
 
     def forget_graphs(self) -> None:

@@ -13,6 +13,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_boom.core.losses import BY_Q_SCALE
 from sb3_boom.policies import is_dog_sized
 
+TAU = 0.01
+TAU_WITH_TERMINATIONS = 0.05  # Hopper, three seeds: docs/learning.md
 ALIGN_SCALE = 5.0  # HalfCheetah decided it, one seed; DMC is level: docs/learning.md
 
 
@@ -63,7 +65,8 @@ def resolve_auto(settings: Mapping[str, Any], device: th.device, env: GymEnv | N
     """
     name = choose_preset(settings["preset"], device)
     preset = PRESETS[name]
-    horizon_value = "mean" if settings["alignment"] == "release" else "auto"
+    released = settings["alignment"] == "release"
+    horizon_value = "mean" if released else "auto"
     planner_kwargs = {"horizon_value": horizon_value, **preset.planner_kwargs, **(settings["planner_kwargs"] or {})}
     if planner_kwargs["n_iterations"] == "auto":
         planner_kwargs["n_iterations"] = 8 if action_dim >= 20 else 6
@@ -73,7 +76,8 @@ def resolve_auto(settings: Mapping[str, Any], device: th.device, env: GymEnv | N
         "gamma": 0.99 if length is None else float(np.clip((length / 5 - 1) / (length / 5), 0.95, 0.995)),
         "learning_starts": 2500 if length is None else max(1000, 5 * length),
         "align_coef": action_dim / (1000 if is_dog_sized(action_dim) else 50),
-        "align_scale": BY_Q_SCALE if settings["alignment"] == "release" else ALIGN_SCALE,
+        "align_scale": BY_Q_SCALE if released else ALIGN_SCALE,
+        "tau": TAU if released else "auto",  # until an episode has been terminated
     }
     resolved = {key: value if settings[key] == "auto" else settings[key] for key, value in auto.items()}
     pretrain_steps = settings["pretrain_steps"]

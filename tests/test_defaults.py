@@ -137,6 +137,10 @@ def test_models_from_before_the_alignments_scale_go_on_by_the_q_scale(tmp_path):
     assert BOOM.load(tmp_path / "model", align_scale=2.0).align_scale == 2.0
 
 
+def chosen(model: BOOM) -> tuple[str, float]:
+    return model.policy.planner_config.horizon_value, model._loss_config().tau
+
+
 class Falls(gym.Wrapper):
     """Ends every episode after five steps, by a termination if ``falls`` and else by a truncation."""
 
@@ -154,36 +158,55 @@ class Falls(gym.Wrapper):
 
 
 @pytest.mark.parametrize("falls", [True, False])
-def test_plans_trust_the_lowest_critic_once_an_episode_has_been_terminated(falls, tmp_path):
+def test_targets_follow_sooner_and_plans_trust_the_lowest_critic_once_an_episode_has_been_terminated(falls, tmp_path, capsys):
     env = Falls(short_pendulum())
     env.falls = falls
-    model = BOOM("MlpPolicy", env, **SHORT)
-    assert model.policy.planner_config.horizon_value == "mean"
+    model = BOOM("MlpPolicy", env, **SHORT, verbose=1)
+    assert chosen(model) == ("mean", 0.01)
     model.learn(21)
-    expected = "min" if falls else "mean"
-    assert model.policy.planner_config.horizon_value == expected
+    expected, _ = chosen(model)
+    assert chosen(model) == (("min", 0.05) if falls else ("mean", 0.01))
+    assert capsys.readouterr().out.count('tau=0.05 and, for plans, horizon_value="min" from now on') == falls
     model.save(tmp_path / "model")
     model.policy.save(tmp_path / "policy")
     loaded = BOOM.load(tmp_path / "model", planner_kwargs=dict(temperature=0.1))
     assert (loaded.policy.planner_config.horizon_value, loaded.policy.planner_config.temperature) == (expected, 0.1)
     assert type(model.policy).load(tmp_path / "policy").planner_config.horizon_value == expected
+    assert chosen(loaded) == chosen(model) and BOOM.load(tmp_path / "model", tau=0.02)._loss_config().tau == 0.02
     loaded.set_parameters(BOOM("MlpPolicy", env, **SHORT).get_parameters())
-    assert loaded.policy.planner_config.horizon_value == "mean"
+    assert chosen(loaded) == ("mean", 0.01)
 
 
-@pytest.mark.parametrize("kwargs", [dict(alignment="release"), dict(planner_kwargs=dict(horizon_value="mean"))])
-def test_plans_as_released_and_those_told_so_trust_the_critics_mean(kwargs):
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(alignment="release"),
+        dict(handle_terminations=False),
+        dict(tau=0.01, planner_kwargs=dict(horizon_value="mean")),
+    ],
+)
+def test_terminations_change_nothing_as_released_nor_where_they_are_not_learned_nor_what_is_given(kwargs):
     model = BOOM("MlpPolicy", Falls(short_pendulum()), **{**SHORT, **kwargs}).learn(21)
-    assert model.policy.planner_config.horizon_value == "mean" and bool(model.policy.terminations_seen)
+    assert chosen(model) == ("mean", 0.01) and bool(model.policy.terminations_seen)
 
 
-def test_models_from_before_the_horizons_value_was_automatic_keep_the_mean(tmp_path):
+def test_a_first_termination_after_many_steps_counts_too():
+    env = Falls(short_pendulum())
+    env.falls = False
+    model = BOOM("MlpPolicy", env, **SHORT).learn(24)
+    assert chosen(model) == ("mean", 0.01)
+    env.falls = True
+    model.learn(50, reset_num_timesteps=False)
+    assert chosen(model) == ("min", 0.05)
+
+
+def test_models_from_before_these_were_automatic_keep_theirs(tmp_path):
     model = BOOM("MlpPolicy", Falls(short_pendulum()), **dict(SHORT, planner_kwargs=dict(n_samples=32))).learn(21)
     del model.planner_kwargs["horizon_value"]
-    model.format_version = 3
+    model.tau, model.format_version = 0.01, 3
     model.save(tmp_path / "model")
     for archive in (BOOM.load(tmp_path / "model"), BOOM.load(tmp_path / "model", planner_kwargs=dict(n_samples=16))):
-        assert archive.policy.planner_config.horizon_value == "mean" and bool(archive.policy.terminations_seen)
+        assert chosen(archive) == ("mean", 0.01) and bool(archive.policy.terminations_seen)
 
 
 def test_entries_say_their_sizes_and_the_papers_tasks_their_alignment():
