@@ -46,7 +46,7 @@ define curves
 	printf '%s\n' 0 1 2 | xargs -P 2 -I{} $(BIN)/python scripts/train.py --no-progress --threads 1 --eval-envs 10 \
 		--seed {} --csv $(EVIDENCE)/$(1).csv $(2)
 endef
-RELEASE := -params "alignment:'release'" "planner_kwargs:dict(horizon_value='mean')"
+RELEASE := -params "alignment:'release'" tau:0.05 "planner_kwargs:dict(horizon_value='mean')"
 PIXELS := --env InvertedPendulum-v5 --hyperparams zoo_hyperparams/boom-pixels.yml
 GRID := --cpu --seeds 0 1 2 --jobs 2 --folder $(EVIDENCE)
 ABLATED := dm_control/cheetah-run-v0 dm_control/finger-spin-v0
