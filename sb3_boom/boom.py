@@ -424,9 +424,9 @@ class BOOM(CollectingAlgorithm):
         within_learn = self._callback is not None
         if within_learn and not (self._has_enough_data() and self.replay_buffer.can_sample()):
             return
-        if self._n_updates == 0 and self.replay_buffer.holds_terminations():
+        if within_learn and self._n_updates == 0 and self.replay_buffer.holds_terminations():
             self.policy.terminations_seen.fill_(1.0)  # now, since what follows from them is compiled
-            self._look_for_terminations()
+            self._expect_terminations()
         if self._n_updates == 0 and self.verbose >= 1 and self.policy.compiler is compiled:
             print("Compiling losses and planner: up to two minutes the first time, seconds from the cache later")
         if within_learn:
@@ -495,7 +495,8 @@ class BOOM(CollectingAlgorithm):
         """
         terms = self.meters.take_terms()
         check_losses(terms, self._n_updates)
-        self._look_for_terminations()
+        if terms.pop("terminations_seen", 0.0) > 0.0:
+            self._expect_terminations()
         for name, value in terms.items():
             self.logger.record_mean(f"train/{name}", value, exclude)
         if "alignment" not in self.warned and terms:
@@ -503,9 +504,9 @@ class BOOM(CollectingAlgorithm):
             if can_be_on or warn_if_never_aligned(self.num_timesteps):
                 self.warned.add("alignment")
 
-    def _look_for_terminations(self) -> None:
+    def _expect_terminations(self) -> None:
         expected = self.policy.expects_terminations
-        self.policy.look_for_terminations()
+        self.policy.expect_terminations(True)
         if self.verbose >= 1 and self.policy.expects_terminations and not expected:
             tau, horizon_value = self._loss_config().tau, self.policy.planner_config.horizon_value
             print(f'Episodes are terminated: tau={tau} and, for plans, horizon_value="{horizon_value}" from now on')

@@ -94,7 +94,7 @@ class BOOMPolicy(BasePolicy):
     :ivar actor_optimizer: of the policy
     :ivar q_scale: ``S``, running scale of Q-values, a scalar tensor
     :ivar terminations_seen: scalar tensor, 1 once a termination has been learned from, else 0; plans count them from then on
-    :ivar expects_terminations: whether they are predicted and have been seen, as :meth:`look_for_terminations` last found
+    :ivar expects_terminations: whether they are predicted and the host knows that one has been seen
     :ivar capture: False: on a GPU too, launch plan and update kernel by kernel, without CUDA graphs. Default True
     :raises ValueError: for settings outside of these
     """
@@ -256,16 +256,20 @@ class BOOMPolicy(BasePolicy):
         """:return: whether plan and update become CUDA graphs: on a GPU, compiled, where no forward hook is to be called"""
         return self.capture and captures_on(self.device) and self.compiler is compiled and not self.graphs.bars(self)
 
-    def look_for_terminations(self) -> None:
-        """Read whether a termination has been seen, and settle the ``horizon_value`` by it; waits for the device."""
-        self.expects_terminations = self.world_model.termination is not None and bool(self.terminations_seen)
+    def expect_terminations(self, seen: bool) -> None:
+        """
+        Settle what depends on whether episodes are terminated: a ``horizon_value`` of "auto".
+
+        :param seen: whether ``terminations_seen`` is not 0, which the host can't know without waiting
+        """
+        self.expects_terminations = seen and self.world_model.termination is not None
         if self.horizon_value_settles:
             horizon_value = "min" if self.expects_terminations else "mean"
             self.planner_config = dataclasses.replace(self.planner_config, horizon_value=horizon_value)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         result = super().load_state_dict(*args, **kwargs)
-        self.look_for_terminations()
+        self.expect_terminations(bool(self.terminations_seen))
         return result
 
     def forget_graphs(self) -> None:

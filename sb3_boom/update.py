@@ -145,7 +145,8 @@ def learn(
         th.maximum(policy.terminations_seen, terminations.amax(), out=policy.terminations_seen)
         # the target critics follow: SB3's polyak_update, in one call
         th._foreach_lerp_(list(policy.critic_target.parameters()), list(policy.critic.parameters()), config.tau)
-    return values, {**model_terms, **policy_terms, "grad_norm": grad_norm, "policy_grad_norm": policy_grad_norm}
+    norms = {"grad_norm": grad_norm, "policy_grad_norm": policy_grad_norm}
+    return values, {**model_terms, **policy_terms, **norms, "terminations_seen": policy.terminations_seen}
 
 
 def encode_observations(policy: BOOMPolicy, observations: TensorObs) -> tuple[th.Tensor, th.Tensor]:
