@@ -241,7 +241,7 @@ def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
         with th.no_grad():  # no head of zeros, and the termination head at work
             for parameter in model.policy.critic.parameters():
                 parameter.add_(0.02 * th.randn_like(parameter))
-            model.policy.terminations_seen.fill_(1.0)
+            model.policy.terminations_seen.fill_(1.0)  # and yet the mean of two critics after a plan, as without falls
         with tempfile.TemporaryDirectory() as folder:
             path = model.export(pathlib.Path(folder) / size)
             megabytes = round(path.stat().st_size / 2**20, 2)

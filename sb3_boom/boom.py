@@ -69,7 +69,8 @@ class BOOM(CollectingAlgorithm):
 
     A planner (MPPI) acts in a learned latent world model. The policy learns from the critics and from what the planner
     did, softly weighted by value, and starts the next plan. Defaults are the paper's, with learned terminations and uniform
-    sampling. The machine decides the sizes, see ``preset``; "auto" settings are resolved at construction.
+    sampling. The machine decides the sizes, see ``preset``; "auto" settings are resolved at construction, but for
+    ``tau`` and ``horizon_value``, which follow the episodes.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from (if registered in Gymnasium, can be str)
@@ -508,8 +509,10 @@ class BOOM(CollectingAlgorithm):
         expected = self.policy.expects_terminations
         self.policy.expect_terminations(True)
         if self.verbose >= 1 and self.policy.expects_terminations and not expected:
-            tau, horizon_value = self._loss_config().tau, self.policy.planner_config.horizon_value
-            print(f'Episodes are terminated: tau={tau} and, for plans, horizon_value="{horizon_value}" from now on')
+            changed = [f"tau={TAU_WITH_TERMINATIONS}"] if self.tau == "auto" else []
+            changed += ['horizon_value="min" for plans'] if self.policy.horizon_value_settles else []
+            if changed:
+                print(f"Episodes are terminated: {' and '.join(changed)} from now on")
 
     def _loss_config(self) -> LossConfig:
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(LossConfig)}

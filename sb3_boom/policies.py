@@ -93,7 +93,7 @@ class BOOMPolicy(BasePolicy):
     :ivar model_optimizer: of features extractor, world model and critics
     :ivar actor_optimizer: of the policy
     :ivar q_scale: ``S``, running scale of Q-values, a scalar tensor
-    :ivar terminations_seen: scalar tensor, 1 once a termination has been learned from, else 0; plans count them from then on
+    :ivar terminations_seen: scalar tensor, 1 once the data held a termination, else 0; plans count them from then on
     :ivar expects_terminations: whether they are predicted and the host knows that one has been seen
     :ivar capture: False: on a GPU too, launch plan and update kernel by kernel, without CUDA graphs. Default True
     :raises ValueError: for settings outside of these

@@ -66,8 +66,9 @@ def resolve_auto(settings: Mapping[str, Any], device: th.device, env: GymEnv | N
     name = choose_preset(settings["preset"], device)
     preset = PRESETS[name]
     released = settings["alignment"] == "release"
-    horizon_value = "mean" if released else "auto"
-    planner_kwargs = {"horizon_value": horizon_value, **preset.planner_kwargs, **(settings["planner_kwargs"] or {})}
+    planner_kwargs = {"horizon_value": "auto", **preset.planner_kwargs, **(settings["planner_kwargs"] or {})}
+    if released and planner_kwargs["horizon_value"] == "auto":
+        planner_kwargs["horizon_value"] = "mean"
     if planner_kwargs["n_iterations"] == "auto":
         planner_kwargs["n_iterations"] = 8 if action_dim >= 20 else 6
     length = episode_length(env)
@@ -77,7 +78,7 @@ def resolve_auto(settings: Mapping[str, Any], device: th.device, env: GymEnv | N
         "learning_starts": 2500 if length is None else max(1000, 5 * length),
         "align_coef": action_dim / (1000 if is_dog_sized(action_dim) else 50),
         "align_scale": BY_Q_SCALE if released else ALIGN_SCALE,
-        "tau": TAU if released else "auto",  # until an episode has been terminated
+        "tau": TAU if released else "auto",  # stays so, as horizon_value: they follow the episodes
     }
     resolved = {key: value if settings[key] == "auto" else settings[key] for key, value in auto.items()}
     pretrain_steps = settings["pretrain_steps"]

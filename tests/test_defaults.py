@@ -166,7 +166,7 @@ def test_targets_follow_sooner_and_plans_trust_the_lowest_critic_once_an_episode
     model.learn(21)
     expected, _ = chosen(model)
     assert chosen(model) == (("min", 0.05) if falls else ("mean", 0.01))
-    assert capsys.readouterr().out.count('tau=0.05 and, for plans, horizon_value="min" from now on') == falls
+    assert capsys.readouterr().out.count('tau=0.05 and horizon_value="min" for plans from now on') == falls
     model.save(tmp_path / "model")
     model.policy.save(tmp_path / "policy")
     loaded = BOOM.load(tmp_path / "model", planner_kwargs=dict(temperature=0.1))
@@ -185,9 +185,15 @@ def test_targets_follow_sooner_and_plans_trust_the_lowest_critic_once_an_episode
         dict(tau=0.01, planner_kwargs=dict(horizon_value="mean")),
     ],
 )
-def test_terminations_change_nothing_as_released_nor_where_they_are_not_learned_nor_what_is_given(kwargs):
-    model = BOOM("MlpPolicy", Falls(short_pendulum()), **{**SHORT, **kwargs}).learn(21)
+def test_terminations_change_nothing_as_released_nor_where_they_are_not_learned_nor_what_is_given(kwargs, capsys):
+    model = BOOM("MlpPolicy", Falls(short_pendulum()), **{**SHORT, **kwargs}, verbose=1).learn(21)
     assert chosen(model) == ("mean", 0.01) and bool(model.policy.terminations_seen)
+    assert "Episodes are terminated" not in capsys.readouterr().out
+
+
+def test_a_model_loaded_as_released_plans_and_learns_so(tmp_path):
+    BOOM("MlpPolicy", Falls(short_pendulum()), **SHORT).learn(21).save(tmp_path / "model")
+    assert chosen(BOOM.load(tmp_path / "model", alignment="release")) == ("mean", 0.01)
 
 
 def test_a_first_termination_after_many_steps_counts_too():
