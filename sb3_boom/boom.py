@@ -496,7 +496,7 @@ class BOOM(CollectingAlgorithm):
         """
         terms = self.meters.take_terms()
         check_losses(terms, self._n_updates)
-        if terms.pop("terminations_seen", 0.0) > 0.0:
+        if terms.pop("terminations_seen", 0.0) > 0.0 and not self.policy.expects_terminations:
             self._expect_terminations()
         for name, value in terms.items():
             self.logger.record_mean(f"train/{name}", value, exclude)
@@ -506,9 +506,8 @@ class BOOM(CollectingAlgorithm):
                 self.warned.add("alignment")
 
     def _expect_terminations(self) -> None:
-        expected = self.policy.expects_terminations
         self.policy.expect_terminations(True)
-        if self.verbose >= 1 and self.policy.expects_terminations and not expected:
+        if self.verbose >= 1 and self.policy.expects_terminations:
             changed = [f"tau={TAU_WITH_TERMINATIONS}"] if self.tau == "auto" else []
             changed += ['horizon_value="min" for plans'] if self.policy.horizon_value_settles else []
             if changed:
