@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-processor.use_all_instructions()  # before torch is imported
+processor.use_all_instructions()  # both before torch is imported
+processor.wait_asleep()
 
 
 _MODULES = {

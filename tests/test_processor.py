@@ -1,4 +1,4 @@
-"""Matrix products at the processor's own speed."""
+"""Matrix products at the processor's own speed, and threads that do not keep each other from running."""
 
 import os
 import pathlib
@@ -79,3 +79,19 @@ def test_products_are_right_and_nothing_is_lost_where_the_package_comes_first(tm
     assert list(tmp_path.rglob("*.so")) == ([tmp_path / "sb3_boom" / "mkl_serv_intel_cpu_true.so"] if gains else [])
     assert run("from sb3_boom import BOOM", tmp_path, SB3_BOOM_MKL="0").startswith("False True")
     assert run("import torch; from sb3_boom import BOOM", tmp_path).startswith("False True")
+
+
+def spins(imports: str, **environment: str) -> str:
+    """:return: what GNU's OpenMP says of itself when torch loads it"""
+    variables = {name: value for name, value in os.environ.items() if name not in (processor.SPINS, "OMP_WAIT_POLICY")}
+    variables |= {"OMP_DISPLAY_ENV": "VERBOSE", **environment}
+    program = [sys.executable, "-c", imports]
+    return subprocess.run(program, env=variables, capture_output=True, text=True, check=True).stderr
+
+
+@pytest.mark.skipif(not processor.CPUINFO.exists(), reason="no Linux")
+def test_threads_wait_briefly_unless_the_user_says_how_long():
+    assert "GOMP_SPINCOUNT = '1000'" in spins("from sb3_boom import BOOM")
+    assert "GOMP_SPINCOUNT = '77'" in spins("from sb3_boom import BOOM", GOMP_SPINCOUNT="77")
+    assert "GOMP_SPINCOUNT = '1000'" not in spins("from sb3_boom import BOOM", OMP_WAIT_POLICY="ACTIVE")
+    assert "GOMP_SPINCOUNT = '1000'" not in spins("import torch; from sb3_boom import BOOM")

@@ -1,11 +1,15 @@
 """
-Matrix products at the processor's own speed (standard library only).
+What torch reads once, when it is imported, and does not know best (standard library only).
 
-On AMD's processors the MKL inside torch takes its AVX2 kernels, whatever the processor can do, because it asks for the maker:
-half the speed where there is AVX-512. The question is a function of its own, ``mkl_serv_intel_cpu_true``, and the dynamic
-linker takes the first definition of a name that it meets. So one of ours, loaded before torch is, answers yes. MKL then
-chooses its kernels by what the processor says it can do, and results differ in their last digits, as between two makers'
-processors.
+**Matrix products at the processor's own speed.** On AMD's processors the MKL inside torch takes its AVX2 kernels, whatever
+the processor can do, because it asks for the maker: half the speed where there is AVX-512. The question is a function of
+its own, ``mkl_serv_intel_cpu_true``, and the dynamic linker takes the first definition of a name that it meets. So one of
+ours, loaded before torch is, answers yes. MKL then chooses its kernels by what the processor says it can do, and results
+differ in their last digits, as between two makers' processors.
+
+**Threads that wait asleep.** A plan is hundreds of short parallel loops. After each, a thread of GNU's OpenMP waits for the
+others awake, in 300,000 turns, about a millisecond. That is fastest as long as every thread has a core. Where another program
+wants the cores, threads that wait keep those that work from running. 1,000 turns are long enough for a plan's own gaps.
 """
 
 import ctypes
@@ -21,6 +25,7 @@ import tempfile
 SETTING = "SB3_BOOM_MKL"  # environment variable: "0" leaves MKL alone
 SOURCE = "int mkl_serv_intel_cpu_true(void) { return 1; }\n"
 CPUINFO = pathlib.Path("/proc/cpuinfo")
+SPINS = "GOMP_SPINCOUNT"  # turns of GNU's OpenMP, which torch has on Linux
 
 _reason: str | None = None  # why products are slower than they could be
 _answered = False  # by us, or by what the user preloaded
@@ -57,6 +62,16 @@ def use_all_instructions() -> None:
             _answered, _reason = True, None
         except (OSError, subprocess.SubprocessError) as error:
             _reason = f"a C compiler and a cache folder to write to would help: {error}"
+
+
+def wait_asleep() -> None:
+    """
+    Have idle threads of torch sleep after 1,000 turns, in this process if torch is not imported yet, and in its children.
+
+    What the environment says already (``GOMP_SPINCOUNT``, ``OMP_WAIT_POLICY``) stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault(SPINS, "1000")
 
 
 def why_slow() -> str | None:
