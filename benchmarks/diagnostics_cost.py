@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(PROBLEMS), default=["tiny"])
     parser.add_argument("--calls", type=int, default=100, help="turns (default: 100)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's")
+    parser.add_argument("--threads", type=int, default=th.get_num_threads(), help="torch's")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=pathlib.Path, help="JSON to write")
     args = parser.parse_args()

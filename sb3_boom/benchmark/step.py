@@ -252,7 +252,8 @@ def bench(arguments: list[str]) -> None:
         "--baselines", action="store_true", help="rows of SAC, TQC and CrossQ, for each number of environments"
     )
     parser.add_argument("--calls", type=int, default=100, help="to take the median of (default: 100)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's (default: one for every core)")
+    threads = th.get_num_threads()  # OMP_NUM_THREADS, if it is set
+    parser.add_argument("--threads", type=int, default=threads, help=f"torch's (default: its own, {threads} here)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no-compile", action="store_true", help="eager instead of torch.compile")
     parser.add_argument("--no-graphs", action="store_true", help="on a GPU, without CUDA graphs")
