@@ -7,7 +7,7 @@ its own, ``mkl_serv_intel_cpu_true``, and the dynamic linker takes the first def
 ours, loaded before torch is, answers yes. MKL then chooses its kernels by what the processor says it can do, and results
 differ in their last digits, as between two makers' processors.
 
-**Threads that wait asleep.** A plan is hundreds of short parallel loops. After each, a thread of GNU's OpenMP waits for the
+**Threads that wait asleep.** A plan is many short parallel loops. After each, a thread of GNU's OpenMP waits for the
 others awake, in 300,000 turns, about a millisecond. That is fastest as long as every thread has a core. Where another program
 wants the cores, threads that wait keep those that work from running. 1,000 turns are long enough for a plan's own gaps.
 """
