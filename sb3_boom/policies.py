@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import numbers
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -26,26 +25,7 @@ from sb3_boom.core.torch_layers import set_mode
 from sb3_boom.core.transfer import send
 from sb3_boom.core.world_model import WorldModel
 from sb3_boom.guards import check_observation, finite_actions
-
-# name: (enc_dim, mlp_dim, latent_dim, n_critics, n_enc_layers); all but "tiny" are TD-MPC2's
-MODEL_SIZES: dict[str, tuple[int, int, int, int, int]] = {
-    "tiny": (128, 128, 64, 5, 2),
-    "1M": (256, 384, 128, 2, 2),
-    "5M": (256, 512, 512, 5, 2),
-    "19M": (1024, 1024, 768, 5, 3),
-    "48M": (1792, 1792, 768, 5, 4),
-    "317M": (4096, 4096, 1376, 8, 5),
-}
-
-
-def is_dog_sized(action_dim: int) -> bool:
-    """
-    Whether the paper's settings for its dog tasks apply, which the release picks by the action dimension.
-
-    :param action_dim: ``A``
-    :return: 24 <= A <= 48
-    """
-    return 24 <= action_dim <= 48
+from sb3_boom.sizes import is_dog_sized, layer_sizes
 
 
 class BOOMPolicy(BasePolicy):
@@ -143,15 +123,8 @@ class BOOMPolicy(BasePolicy):
             squash_output=True,
             normalize_images=normalize_images,
         )
-        if model_size not in MODEL_SIZES:
-            raise ValueError(f"model_size must be one of {', '.join(MODEL_SIZES)}, not {model_size!r}")
-        given = (enc_dim, mlp_dim, latent_dim, n_critics, n_enc_layers)
-        dims = [size if own is None else own for own, size in zip(given, MODEL_SIZES[model_size], strict=True)]
-        for name, dim in zip(("enc_dim", "mlp_dim", "latent_dim", "n_critics", "n_enc_layers"), dims, strict=True):
-            minimum = 2 if name == "n_critics" else 1
-            if not isinstance(dim, numbers.Integral) or dim < minimum:
-                raise ValueError(f"{name} must be an integer of at least {minimum}, not {dim!r}")
-        enc_dim, mlp_dim, latent_dim, n_critics, n_enc_layers = map(int, dims)
+        sizes = layer_sizes(model_size, (enc_dim, mlp_dim, latent_dim, n_critics, n_enc_layers))
+        enc_dim, mlp_dim, latent_dim, n_critics, n_enc_layers = sizes.values()
         self.action_dim = get_action_dim(action_space)
         if simnorm_dim == "auto":
             simnorm_dim = None if is_dog_sized(self.action_dim) else 8
@@ -171,11 +144,7 @@ class BOOMPolicy(BasePolicy):
             raise ValueError(f"bf16 must be True or False, not {bf16!r}")
         self._constructor_kwargs = dict(
             model_size=model_size,
-            enc_dim=enc_dim,
-            mlp_dim=mlp_dim,
-            latent_dim=latent_dim,
-            n_critics=n_critics,
-            n_enc_layers=n_enc_layers,
+            **sizes,
             simnorm_dim=simnorm_dim,
             dropout=dropout,
             image_shift=image_shift,

@@ -11,7 +11,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_boom.core.losses import BY_Q_SCALE
-from sb3_boom.policies import is_dog_sized
+from sb3_boom.sizes import is_dog_sized
 
 TAU = 0.01
 TAU_WITH_TERMINATIONS = 0.05  # Hopper, three seeds: docs/learning.md

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "sb3_boom"
 # a room imports those before it; rooms of a tuple do not import each other
 ROOMS = [
     "core",
-    ("files", "guards", "storage", "drawing"),
+    ("files", "guards", "sizes", "storage", "drawing"),
     ("buffers", "policies", "manifests"),
     ("update", "presets", "prior", "checks", "meters", "progress", "logs", "foresight", "diagnostics"),
     ("waits", "checkpoint"),
