@@ -94,7 +94,8 @@ class BOOM(CollectingAlgorithm):
         ``sampling="episode"`` or ``value_temperature=1.0``. With a ``value_temperature`` the buffer draws by value, so
         the alignment's own weights become uniform
     :param optimize_memory_usage: only False: the buffer already stores every observation once
-    :param n_steps: only 1: the world model looks ``horizon`` steps ahead instead
+    :param n_steps: rewards that a critic's target sums before it trusts the target critics, at most ``horizon``; fewer towards
+        the end of a window. Default 1, the paper's
     :param preset: sizes that belong together. "paper": 5M parameters, 512 samples a plan, batches of 256. "cpu", for two
         cores: the "tiny" model, 128 samples (16 elites, 6 by the policy, 4 iterations), batches of 128. Default "auto": the
         paper's on a GPU, "cpu" on a CPU. ``batch_size``, ``planner_kwargs`` and ``policy_kwargs`` given as well win
@@ -286,7 +287,7 @@ class BOOM(CollectingAlgorithm):
             setattr(self, name, int(getattr(self, name)))
         if self.replay_buffer_class is None:
             self.replay_buffer_class = WeightedReplayBuffer
-        policy_kwargs, replay_buffer_kwargs = self.policy_kwargs, self.replay_buffer_kwargs
+        policy_kwargs, replay_buffer_kwargs, n_steps = self.policy_kwargs, self.replay_buffer_kwargs, self.n_steps
         # what the policy shares with the algorithm is given once, to the algorithm
         self.policy_kwargs = {
             **policy_kwargs,
@@ -298,10 +299,11 @@ class BOOM(CollectingAlgorithm):
             "gamma": self.gamma,
         }
         self.replay_buffer_kwargs = {**replay_buffer_kwargs, "horizon": self.horizon}
+        self.n_steps = 1  # SB3's own need a buffer of their own
         try:
             super()._setup_model()
         finally:
-            self.policy_kwargs, self.replay_buffer_kwargs = policy_kwargs, replay_buffer_kwargs
+            self.policy_kwargs, self.replay_buffer_kwargs, self.n_steps = policy_kwargs, replay_buffer_kwargs, n_steps
         self.actor, self.critic, self.critic_target = self.policy.actor, self.policy.critic, self.policy.critic_target
         if self.policy.tf32:
             allow_tf32(self.device)

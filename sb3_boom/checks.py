@@ -39,6 +39,7 @@ WHOLE_NUMBERS = {  # lowest
     "buffer_size": 1,
     "batch_size": 1,
     "horizon": 1,
+    "n_steps": 1,
     "learning_starts": 0,
     "pretrain_steps": 0,
 }
@@ -82,19 +83,20 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     :param settings: BOOM's, by name, before anything is built with them
     :raises ValueError: for settings that are unsupported, out of range or contradict each other
     """
-    unsupported = {
-        "optimize_memory_usage": (False, "the replay buffer already stores every observation once"),
-        "n_steps": (1, f"use `horizon` (now {settings['horizon']}), the steps that the world model looks ahead"),
-    }
-    for name, (supported, reason) in unsupported.items():
-        if settings[name] != supported:
-            raise ValueError(f"BOOM supports only {name}={supported}: {reason}")
+    if settings["optimize_memory_usage"] is not False:
+        raise ValueError(
+            "BOOM supports only optimize_memory_usage=False: the replay buffer already stores every observation once"
+        )
     for name, choices in (("alignment", losses.ALIGNMENTS), ("align_weighting", losses.ALIGN_WEIGHTINGS)):
         if settings[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, not {settings[name]!r}")
     for name in (*WHOLE_NUMBERS, *RANGES):
         if not (name == "worker_timeout" and settings[name] is None):
             _check_number(name, settings[name])
+    if settings["n_steps"] > settings["horizon"]:
+        raise ValueError(
+            f"n_steps={settings['n_steps']} must be at most horizon={settings['horizon']}: updates see no more in a row"
+        )
     for name in ("handle_terminations", "align_warmup"):
         if not isinstance(settings[name], bool):
             raise ValueError(f"{name} must be True or False, not {settings[name]!r}")

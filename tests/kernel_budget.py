@@ -33,9 +33,9 @@ from sb3_boom.update import model_gradients, policy_gradients
 
 OBS, ACT, BATCH, HORIZON = 223, 38, 256, 3  # the paper's largest tasks
 CONFIG = LossConfig(
-    gamma=0.99, rho=0.5, consistency_coef=20.0, reward_coef=0.1, value_coef=0.1, termination_coef=1.0, ent_coef=1e-4,
-    alignment="forward_kl", align_coef=0.04, align_scale="q_scale", align_weighting="softmax", align_temperature=1.0,
-    align_warmup=True, tau=0.01,
+    gamma=0.99, n_steps=1, rho=0.5, consistency_coef=20.0, reward_coef=0.1, value_coef=0.1, termination_coef=1.0,
+    ent_coef=1e-4, alignment="forward_kl", align_coef=0.04, align_scale="q_scale", align_weighting="softmax",
+    align_temperature=1.0, align_warmup=True, tau=0.01,
 )  # fmt: skip
 H200 = dict(
     index=0, multi_processor_count=132, cc=90, major=9, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,

@@ -212,7 +212,6 @@ def test_tensorboard_runs_are_named(tmp_path):
     ("arguments", "message"),
     [
         (dict(replay_buffer_class=HerReplayBuffer), "WeightedReplayBuffer"),
-        (dict(n_steps=3), "horizon"),
         (dict(optimize_memory_usage=True), "stores every observation once"),
     ],
 )

@@ -127,6 +127,14 @@ def test_alignment_does_not_fade_with_returns_except_as_released(alignment, scal
     assert given._loss_config().align_scale == 2.0
 
 
+def test_n_steps_reach_the_targets_without_a_word_of_sb3s_buffer(recwarn, tmp_path):
+    model = BOOM("MlpPolicy", "Pendulum-v1", n_steps=3, buffer_size=10)
+    assert not [warning for warning in recwarn if "n_steps" in str(warning.message)]
+    assert (model.n_steps, model._loss_config().n_steps) == (3, 3)
+    model.save(tmp_path / "model")
+    assert BOOM.load(tmp_path / "model").n_steps == 3
+
+
 def test_models_from_before_the_alignments_scale_go_on_by_the_q_scale(tmp_path):
     model = BOOM("MlpPolicy", "Pendulum-v1", buffer_size=10)
     del model.align_scale

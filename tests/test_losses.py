@@ -15,7 +15,7 @@ from sb3_boom.core.world_model import WorldModel
 
 H, B, A, L, F = 3, 8, 2, 16, 5
 CONFIG = LossConfig(
-    gamma=0.9, rho=0.5, consistency_coef=20.0, reward_coef=0.1, value_coef=0.1, termination_coef=1.0, ent_coef=1e-4,
+    gamma=0.9, n_steps=1, rho=0.5, consistency_coef=20.0, reward_coef=0.1, value_coef=0.1, termination_coef=1.0, ent_coef=1e-4,
     alignment="release", align_coef=0.04, align_scale="q_scale", align_weighting="softmax", align_temperature=1.0,
     align_warmup=True, tau=0.01,
 )  # fmt: skip
@@ -95,12 +95,31 @@ def test_termination_stops_the_target_and_truncation_bootstraps():
     z, rewards, noise, pair = th.rand(H, B, L), th.randn(H, B, 1), th.randn(H, B, A), th.tensor([2, 0])
     ended = th.zeros(H, B, 1)
     ended[1, 3] = 1.0
-    y = losses.td_target(actor, target, z, rewards, ended, 0.9, noise, pair)
+    y = losses.td_target(actor, target, z, rewards, ended, th.ones(H, B, 1, dtype=th.bool), 0.9, 1, noise, pair)
     logits = target(z, actor.sample(z, noise))
     values = target.two_hot.decode(logits)
     expected = rewards + 0.9 * th.minimum(values[2], values[0])  # the pair's minimum, the third critic left out
     expected[1, 3] = rewards[1, 3]
     th.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, H])
+def test_target_sums_n_rewards_as_far_as_window_and_episode_hold_them(n_steps):
+    _, actor, _, target = make_networks()
+    z, rewards, noise, pair = th.rand(H, B, L), th.randn(H, B, 1), th.randn(H, B, A), th.tensor([0, 1])
+    ended, valid = (th.rand(H, B, 1) < 0.3).float(), partly_valid()
+    y = losses.td_target(actor, target, z, rewards, ended, valid, 0.9, n_steps, noise, pair)
+    values = th.minimum(*target.values(z, actor.sample(z, noise), pair))
+    for t, b in valid.squeeze(-1).nonzero().tolist():
+        expected, discount, last = 0.0, 1.0, t
+        for k in range(t, min(t + n_steps, H)):
+            if not valid[k, b]:
+                break
+            expected, discount, last = expected + discount * rewards[k, b], 0.9 * discount, k
+            if ended[k, b]:
+                break
+        expected = expected + discount * (1.0 - ended[last, b]) * values[last, b]
+        th.testing.assert_close(y[t, b], expected)
 
 
 @pytest.mark.parametrize("handle_terminations", [True, False])
@@ -132,8 +151,9 @@ def test_model_loss_is_every_terms_part_along_the_rollout():
 
     next_z = world_model.encode(batch["next_features"])
     y = losses.td_target(
-        actor, target, next_z, batch["rewards"], batch["terminations"], 0.9, noise.target_action, noise.critic_pairs[0]
-    )
+        actor, target, next_z, batch["rewards"], batch["terminations"], batch["valid"],
+        0.9, 1, noise.target_action, noise.critic_pairs[0],
+    )  # fmt: skip
     kept = noise.value_dropout.view(3, H, B, 16)
     z = world_model.encode(batch["features"])
     expected = dict.fromkeys(("consistency", "reward", "critic", "termination"), 0.0)

@@ -64,6 +64,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mean_tau_0.01": {"tau": 0.01, "planner_kwargs": {"horizon_value": "mean"}},
     "mean_tau_0.01_starts_auto": {"tau": 0.01, "planner_kwargs": {"horizon_value": "mean"}, "learning_starts": "auto"},
     "tau_0.05": {"tau": 0.05},
+    "n_steps_3": {"n_steps": 3},
     "starts_auto": {"learning_starts": "auto"},
     **{f"temperature_{value:g}": {"planner_kwargs": {"temperature": value}} for value in (0.05, 0.01)},
     "policy_samples_64": {"planner_kwargs": {"n_policy_samples": 64}},

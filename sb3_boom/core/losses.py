@@ -33,6 +33,7 @@ class LossConfig:
     Coefficients of the losses; see :class:`sb3_boom.BOOM` for their meaning and defaults.
 
     :param gamma: ``γ``, discount per agent step
+    :param n_steps: rewards in a TD target, see :func:`td_target`
     :param rho: ``ρ``: step ``t`` weighs ``ρ^t``
     :param consistency_coef: of the latent consistency loss
     :param reward_coef: of the reward loss
@@ -49,6 +50,7 @@ class LossConfig:
     """
 
     gamma: float
+    n_steps: int
     rho: float
     consistency_coef: float
     reward_coef: float
@@ -157,25 +159,35 @@ def td_target(
     next_latents: th.Tensor,
     rewards: th.Tensor,
     terminations: th.Tensor,
+    valid: th.Tensor,
     gamma: float,
+    n_steps: int,
     noise: th.Tensor,
     critic_pair: th.Tensor,
 ) -> th.Tensor:
     """
-    ``y_t = r_t + γ (1 - terminated_t) min(Q̄_i, Q̄_j)(z̄_{t+1}, π(z̄_{t+1}))``.
+    ``y_t = r_t + γ (1 - terminated_t) V(z̄_{t+1})`` with ``V(z) = min(Q̄_i, Q̄_j)(z, π(z))``; with ``n_steps = n`` the return
+    met, and ``V`` after it: ``y_t = Σ_{k<m} γ^k r_{t+k} + γ^m V(z̄_{t+m})``, without ``V`` if a termination comes first. ``m``
+    is ``n``, or as many steps as window and episode hold from ``t`` on.
 
     :param actor: the policy
     :param critic_target: the target critics
     :param next_latents: ``z̄_{t+1}``, ``[H, B, L]``
     :param rewards: ``[H, B, 1]``
     :param terminations: 1 where the step ended the episode by termination (a truncation bootstraps), ``[H, B, 1]``
+    :param valid: bool ``[H, B, 1]``
     :param gamma: ``γ``, discount per agent step
+    :param n_steps: ``n``
     :param noise: standard normal ``[H, B, A]``
     :param critic_pair: ``i, j``, int64 ``[2]``
     :return: ``y``, in the unit of the rewards, ``[H, B, 1]``
     """
     next_values = th.minimum(*critic_target.values(next_latents, actor.sample(next_latents, noise), critic_pair))
-    return rewards + gamma * (1.0 - terminations) * next_values
+    targets = rewards + gamma * (1.0 - terminations) * next_values
+    for _ in range(n_steps - 1):
+        met = th.where(valid[1:], targets[1:], next_values[:-1])  # from the next step on, where the window holds it
+        targets = rewards + gamma * (1.0 - terminations) * th.cat([met, next_values[-1:]])
+    return targets
 
 
 def model_loss(
@@ -222,8 +234,9 @@ def model_loss(
         next_latents = world_model.encode(next_features)
         ended = terminations if world_model.termination is not None else th.zeros_like(terminations)
         targets = td_target(
-            actor, critic_target, next_latents, rewards, ended, config.gamma, noise.target_action, noise.critic_pairs[0]
-        )
+            actor, critic_target, next_latents, rewards, ended, valid,
+            config.gamma, config.n_steps, noise.target_action, noise.critic_pairs[0],
+        )  # fmt: skip
 
     z = world_model.encode(features)
     rollout = [z]
