@@ -299,7 +299,7 @@ class BOOM(CollectingAlgorithm):
             "gamma": self.gamma,
         }
         self.replay_buffer_kwargs = {**replay_buffer_kwargs, "horizon": self.horizon}
-        self.n_steps = 1  # SB3's own need a buffer of their own
+        self.n_steps = 1  # for SB3, which has a replay buffer of its own for more
         try:
             super()._setup_model()
         finally:

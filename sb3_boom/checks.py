@@ -83,7 +83,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     :param settings: BOOM's, by name, before anything is built with them
     :raises ValueError: for settings that are unsupported, out of range or contradict each other
     """
-    if settings["optimize_memory_usage"] is not False:
+    if settings["optimize_memory_usage"]:
         raise ValueError(
             "BOOM supports only optimize_memory_usage=False: the replay buffer already stores every observation once"
         )
