@@ -80,11 +80,11 @@ def test_compiled_planning_iterations_equal_eager_ones(models):
         th.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("end_to_end", [False, True])
-def test_compiled_gradients_equal_eager_ones(models, end_to_end):
+@pytest.mark.parametrize(("end_to_end", "n_steps"), [(False, 1), (True, 1), (True, 2)])
+def test_compiled_gradients_equal_eager_ones(models, end_to_end, n_steps):
     gradients = []
     for model in models:
-        policy, config = model.policy, model._loss_config()
+        policy, config = model.policy, dataclasses.replace(model._loss_config(), n_steps=n_steps)
         batch, noise = draw(model)
         features, next_features = encode_observations(policy, batch.observations)
         of_model, latents, _ = policy.compiler(model_gradients)(
