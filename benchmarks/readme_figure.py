@@ -5,7 +5,7 @@ Draw the README's figures: BOOM's learning curves beside SAC's on DMC, and besid
 
 Ours are the three seeds of ``results/dmc6.csv``, each evaluation ten episodes of the planner. SAC's are the means that
 TD-MPC2's authors released; they come from other machines, with one point for every 100,000 env steps. On Gymnasium's tasks
-ours are those of ``results/gym5.csv`` and ``gym5-begun.csv``, with the seeds that are there; SAC's are SB3's, run by us
+ours are those of ``results/gym5.csv``, with the seeds that are there; SAC's are SB3's, run by us
 (``results/others.csv``); the others are published, see ``sb3_boom/benchmark/published``.
 """
 
@@ -60,7 +60,7 @@ def draw_gymnasium(results: pathlib.Path, output: pathlib.Path) -> None:
     :param results: folder with CSVs of ``sb3-boom benchmark run``
     :param output: the PNG
     """
-    table = pd.concat([pd.read_csv(results / name) for name in ("gym5.csv", "gym5-begun.csv")])
+    table = pd.read_csv(results / "gym5.csv")
     others = pd.read_csv(results / "others.csv")
     run_here = (
         (table, "tab:blue", "BOOM, this package:\nmean and range"),
