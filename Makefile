@@ -50,7 +50,7 @@ RELEASE := -params "alignment:'release'" tau:0.05 "planner_kwargs:dict(horizon_v
 PIXELS := --env InvertedPendulum-v5 --hyperparams zoo_hyperparams/boom-pixels.yml
 GRID := --cpu --seeds 0 1 2 --jobs 2 --folder $(EVIDENCE)
 ABLATED := dm_control/cheetah-run-v0 dm_control/finger-spin-v0
-evidence: .venv/.installed
+evidence: evidence-dmc
 	mkdir -p $(EVIDENCE)
 	$(call curves,inverted-pendulum,--env InvertedPendulum-v5 --steps 10000 --eval-freq 2500 $(RELEASE))
 	$(call curves,inverted-pendulum,--env InvertedPendulum-v5 --steps 12000 --eval-freq 4000 $(RELEASE) n_envs:4 gradient_steps:-1)
@@ -59,10 +59,9 @@ evidence: .venv/.installed
 	$(call curves,inverted-pendulum-pixels,$(PIXELS) --random)
 	$(call curves,hopper,--env Hopper-v5 --eval-freq 10000 $(RELEASE))
 	$(call curves,hopper,--env Hopper-v5 --eval-freq 10000 $(RELEASE) handle_terminations:False)
-	$(BIN)/sb3-boom benchmark run --suite dmc6 --variants forward_kl release --steps 50000 --csv $(EVIDENCE)/dmc6.csv $(GRID)
+	$(BIN)/sb3-boom benchmark run --suite dmc6 --variants release --steps 50000 --csv $(EVIDENCE)/ablation.csv $(GRID)
 	$(BIN)/sb3-boom benchmark run --tasks $(ABLATED) --variants reverse_kl none uniform no_warmup coef_A/1000 --steps 20000 \
 		--csv $(EVIDENCE)/ablation.csv $(GRID)
-	$(BIN)/sb3-boom benchmark report $(EVIDENCE)/dmc6.csv --out $(EVIDENCE)/results.md
 	$(BIN)/sb3-boom benchmark report $(EVIDENCE)/dmc6.csv $(EVIDENCE)/ablation.csv --tasks $(ABLATED) --until 20000 \
 		--out $(EVIDENCE)/ablation.md
 
@@ -102,8 +101,8 @@ evidence-gym: .venv/.installed
 	$(call pages,gym5)
 evidence-dmc: .venv/.installed
 	$(BIN)/sb3-boom benchmark run --suite dmc6 --variants forward_kl --steps 50000 --eval-freq 5000 \
-		--csv $(EVIDENCE)/dmc6-mended.csv --folder $(EVIDENCE)/dmc6-mended $(PROTOCOL)
-	$(call pages,dmc6-mended)
+		--csv $(EVIDENCE)/dmc6.csv --folder $(EVIDENCE)/dmc6 $(PROTOCOL)
+	$(call pages,dmc6)
 # BOOM beside SAC, TQC and CrossQ, against env steps and against minutes
 OTHERS := --variants forward_kl SAC TQC CrossQ --steps 50000 --csv $(EVIDENCE)/others.csv --folder $(EVIDENCE)/others
 evidence-others: .venv/.installed

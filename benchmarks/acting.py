@@ -27,6 +27,7 @@ from stable_baselines3.common.vec_env import sync_envs_normalization
 
 from sb3_boom.benchmark.runner import checkpoint_folder, entry_of_a_run, run_folder
 
+WAYS = ("heaviest elite", "random elite", "last mean", "policy prior")
 COLUMNS = ("task", "variant", "seed", "agent_steps", "acting", "planner", "episodes", "mean", "std")
 
 
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument(
         "--planner", nargs="*", default=[], metavar="NAME=NUMBER", help="of planner_kwargs, instead of the model's"
     )
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="to act")
     parser.add_argument(
         "--conf-file", type=Path, default=zoo.hyperparams_file(cpu=True), help="hyperparameter file of the grid"
     )
@@ -92,6 +94,8 @@ def main() -> None:
                     **({} if changed else {"policy prior": (model.prior, True)}),
                 }
                 for acting, (actor, deterministic) in ways.items():
+                    if acting not in args.ways:
+                        continue
                     key = (task, variant, str(seed), str(model.num_timesteps), acting, " ".join(args.planner))
                     if key in done:
                         continue
