@@ -230,3 +230,11 @@ def test_links_between_pages_lead_somewhere():
     for page in [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page}: {link}"
+
+
+def test_rows_of_a_table_have_as_many_cells_as_its_head():
+    for page, text in PAGES.items():
+        for table in re.findall(r"(?:^ *\|.*\n?)+", text, re.MULTILINE):
+            rows = table.strip().splitlines()
+            cells = [len(re.findall(r"(?<!\\)\|", row)) for row in rows]
+            assert len(set(cells)) == 1, f"{page}: {rows[next(i for i, n in enumerate(cells) if n != cells[0])][:80]}"
