@@ -234,6 +234,8 @@ def test_links_between_pages_lead_somewhere():
 
 def test_rows_of_a_table_have_as_many_cells_as_its_head():
     for page, text in PAGES.items():
+        swallowed = re.search(r"^\|.*\n(?![|\n]).+", text, re.MULTILINE)
+        assert not swallowed, f"{page}: a table ends with an empty line: {swallowed[0][-80:]}"
         for table in re.findall(r"(?:^ *\|.*\n?)+", text, re.MULTILINE):
             rows = table.strip().splitlines()
             cells = [len(re.findall(r"(?<!\\)\|", row)) for row in rows]
