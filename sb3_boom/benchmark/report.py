@@ -253,6 +253,7 @@ def _returns(last: dict[tuple[str, str], list[Row]]) -> list[str]:
     if others:
         names = ", ".join(others)
         lines = [f"Run here too, by their own defaults after {LEARNING_STARTS:,} random steps and without a planner: {names}."]
+        lines += ["BOOM runs by each task's entry in its hyperparameter file, which may do more updates a step than they do."]
         lines += ["Minutes are of one thread, evaluations and whatever else the machine did included.", ""]
         clock, align = " minutes |", "--:|"
     lines += [f"| task | variant | agent steps | env steps | seeds | planner | policy prior | each seed's planner |{clock}"]

@@ -58,6 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "coef_1_max_std_0.5": {"align_coef": 1.0, "planner_kwargs": {"max_std": 0.5}},
     "min_value": {"planner_kwargs": {"horizon_value": "min"}},
     "mean_value": {"planner_kwargs": {"horizon_value": "mean"}},
+    "one_update": {"gradient_steps": 1},
     "two_updates": {"gradient_steps": 2},
     "gamma_0.99": {"gamma": 0.99},
     "tau_0.01": {"tau": 0.01},
