@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import optuna
 import yaml
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS, get_wrapper_class
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
 
@@ -20,6 +22,8 @@ from sb3_boom import BOOM
 from sb3_boom.presets import choose_preset
 
 OF_THE_ENVIRONMENT = ("n_envs", "n_timesteps", "env_wrapper", "env_kwargs", "frame_stack", "normalize")
+OF_THE_NOISE = ("noise_type", "noise_std")
+NOISES = {"normal": NormalActionNoise, "ornstein-uhlenbeck": OrnsteinUhlenbeckActionNoise}
 ENVIRONMENT_PACKAGES = ("shimmy", "humanoid_bench")  # they register their environments when imported
 MAX_YAML_BYTES = 2**20
 MAX_YAML_ITEMS = 100_000
@@ -104,19 +108,38 @@ def entry(path: Path, env_id: str) -> dict[str, Any]:
     return dict(entries.get(env_id) or entries["default"])
 
 
-def settings_of_the_model(entry: dict[str, Any]) -> dict[str, Any]:
+def settings_of_the_model(entry: dict[str, Any], action_dim: int) -> dict[str, Any]:
     """
     :param entry: of a hyperparameter file
-    :return: those of its settings that are arguments of :class:`sb3_boom.BOOM`
-    :raises ValueError: for others that rl_zoo3 may know
+    :param action_dim: number of action dimensions, ``A``
+    :return: those of its settings that are arguments of :class:`sb3_boom.BOOM`, its noise made
+    :raises ValueError: for others that rl_zoo3 may know, and for a noise that can't be made
     """
-    unknown = sorted(set(entry) - set(OF_THE_ENVIRONMENT) - set(inspect.signature(BOOM).parameters))
+    unknown = sorted(set(entry) - {*OF_THE_ENVIRONMENT, *OF_THE_NOISE} - set(inspect.signature(BOOM).parameters))
     if unknown:
         raise ValueError(
             f"{', '.join(unknown)}: no argument of BOOM. `sb3-boom train` understands all of rl_zoo3's; here, besides "
-            f"BOOM's arguments, there are {', '.join(OF_THE_ENVIRONMENT)}"
+            f"BOOM's arguments, there are {', '.join(OF_THE_ENVIRONMENT + OF_THE_NOISE)}"
         )
-    return {key: value for key, value in entry.items() if key not in OF_THE_ENVIRONMENT}
+    settings = {key: value for key, value in entry.items() if key not in OF_THE_ENVIRONMENT + OF_THE_NOISE}
+    if any(entry.get(key) is not None for key in OF_THE_NOISE):
+        settings["action_noise"] = _make_noise(entry.get("noise_type"), entry.get("noise_std"), action_dim)
+    return settings
+
+
+def _make_noise(noise_type: Any, noise_std: Any, action_dim: int) -> ActionNoise:
+    """
+    :param noise_type: a key of :data:`NOISES`
+    :param noise_std: of each dimension, of actions in [-1, 1]
+    :param action_dim: number of action dimensions, ``A``
+    :return: the noise, as rl_zoo3 makes it
+    :raises ValueError: if there is no such noise, or no std
+    """
+    if noise_type not in NOISES:
+        raise ValueError(f"noise_type must be {' or '.join(NOISES)}, not {noise_type!r}")
+    if isinstance(noise_std, bool) or not isinstance(noise_std, int | float) or noise_std < 0:
+        raise ValueError(f"noise_type {noise_type} needs a noise_std that is a number of 0 or more, not {noise_std!r}")
+    return NOISES[noise_type](mean=np.zeros(action_dim), sigma=np.full(action_dim, float(noise_std)))
 
 
 def make_env(

@@ -15,6 +15,7 @@ import yaml
 from conftest import TINY
 from rl_zoo3.utils import ALGOS, get_wrapper_class
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 
 from sb3_boom import BOOM, cli, video, zoo
 from sb3_boom.benchmark import step
@@ -56,7 +57,7 @@ def test_entry_makes_a_model_that_trains(path, env_id):
     entry = yaml.safe_load(path.read_text())[env_id]
     assert int(entry["n_timesteps"]) >= 1000
     env = zoo.make_env(env_id, entry, 0, entry.get("n_envs", 1))
-    entry = zoo.settings_of_the_model(entry)
+    entry = zoo.settings_of_the_model(entry, env.action_space.shape[0])
     small = dict(entry, learning_starts=8, pretrain_steps=1, batch_size=8, seed=0, buffer_size=1000)
     small["policy_kwargs"] = dict(entry.get("policy_kwargs", {}), model_size="tiny", compile=False)
     small["planner_kwargs"] = dict(entry.get("planner_kwargs", {}), **TINY["planner_kwargs"])
@@ -69,8 +70,33 @@ def test_entry_makes_a_model_that_trains(path, env_id):
 
 
 def test_settings_of_rl_zoo3_alone_are_named():
-    with pytest.raises(ValueError, match=r"noise_type: no argument of BOOM.*sb3-boom train"):
-        zoo.settings_of_the_model(dict(n_envs=2, tau=0.1, normalize=True, noise_type="normal"))
+    with pytest.raises(ValueError, match=r"callback: no argument of BOOM.*sb3-boom train"):
+        zoo.settings_of_the_model(dict(n_envs=2, tau=0.1, normalize=True, callback="sb3_boom.callbacks"), 1)
+
+
+def test_noise_of_an_entry_is_put_on_every_dimension():
+    assert zoo.settings_of_the_model(dict(tau=0.1), 3) == dict(tau=0.1)
+    noise = zoo.settings_of_the_model(dict(noise_type="ornstein-uhlenbeck", noise_std=0.5), 3)["action_noise"]
+    assert isinstance(noise, OrnsteinUhlenbeckActionNoise)
+    np.random.seed(0)
+    steps = np.stack([noise() for _ in range(1000)])
+    assert steps.shape == (1000, 3)
+    np.testing.assert_allclose(np.diff(steps, axis=0).std(axis=0), 0.5 * noise._dt**0.5, rtol=0.1)
+    assert isinstance(zoo.settings_of_the_model(dict(noise_type="normal", noise_std=1), 1)["action_noise"], NormalActionNoise)
+
+
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        (dict(noise_type="pink", noise_std=0.1), "noise_type must be normal or ornstein-uhlenbeck, not 'pink'"),
+        (dict(noise_std=0.1), "noise_type must be normal or ornstein-uhlenbeck, not None"),
+        (dict(noise_type="normal"), "needs a noise_std that is a number of 0 or more, not None"),
+        (dict(noise_type="normal", noise_std=-1.0), "needs a noise_std that is a number of 0 or more, not -1.0"),
+    ],
+)
+def test_noise_that_can_not_be_made_is_refused(noise, message):
+    with pytest.raises(ValueError, match=message):
+        zoo.settings_of_the_model(noise, 1)
 
 
 def test_observations_are_normalized_as_the_entry_says_and_evaluations_leave_statistics_and_rewards_alone():

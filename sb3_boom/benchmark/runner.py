@@ -171,8 +171,9 @@ def train_one(
     if variant in baselines.ALGORITHMS:
         algorithm, settings, log_class = baselines.algorithm(variant), baselines.settings(), AgentLog
     else:
-        algorithm, settings, log_class = BOOM, zoo.settings_of_the_model(entry), EvaluationLog
-        settings |= changes(variant, settings, int(np.prod(env.action_space.shape or ())))
+        action_dim = int(np.prod(env.action_space.shape or ()))
+        algorithm, settings, log_class = BOOM, zoo.settings_of_the_model(entry, action_dim), EvaluationLog
+        settings |= changes(variant, settings, action_dim)
     settings["buffer_size"] = min(settings.get("buffer_size", 1_000_000), steps)  # it never holds more
 
     own = folder / "checkpoint"  # a baseline's, which SB3 saves
