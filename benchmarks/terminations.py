@@ -120,8 +120,9 @@ def run_one(task: str, head: str, seed: int, steps: int, eval_freq: int) -> list
     zoo.register()
     entry = zoo.entry(zoo.hyperparams_file(cpu=True), task)
     log = Log((task, head, seed), zoo.make_env(task, entry, seed + 1000, 10, evaluates=True), 10, eval_freq)
-    settings = zoo.settings_of_the_model(entry) | {"buffer_size": steps, "seed": seed}
-    model = BOOM(env=zoo.make_env(task, entry, seed, 1), **settings)
+    env = zoo.make_env(task, entry, seed, 1)
+    settings = zoo.settings_of_the_model(entry, int(np.prod(env.action_space.shape or ())))
+    model = BOOM(env=env, **settings | {"buffer_size": steps, "seed": seed})
     model.learn(steps, callback=log, log_interval=steps)  # episodes: the evaluations alone write
     return log.rows
 

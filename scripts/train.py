@@ -115,7 +115,7 @@ def main() -> None:
         rows.append(csv, [Row(*run, 0, 0, mean, mean, 0.0, rows.revision(), rows.versions())])
         print(f"random actions: mean return {mean:.1f} over {args.eval_episodes} episodes")
         return
-    settings = zoo.settings_of_the_model(entry)
+    settings = zoo.settings_of_the_model(entry, int(np.prod(env.action_space.shape or ())))
     if args.no_compile:
         settings["policy_kwargs"] = {**settings.get("policy_kwargs", {}), "compile": False}
     model = BOOM(env=env, seed=args.seed, verbose=1, **settings)
