@@ -135,9 +135,9 @@ def _make_noise(noise_type: Any, noise_std: Any, action_dim: int) -> ActionNoise
     :return: the noise, as rl_zoo3 makes it
     :raises ValueError: if there is no such noise, or no std
     """
-    if noise_type not in NOISES:
+    if not isinstance(noise_type, str) or noise_type not in NOISES:
         raise ValueError(f"noise_type must be {' or '.join(NOISES)}, not {noise_type!r}")
-    if isinstance(noise_std, bool) or not isinstance(noise_std, int | float) or noise_std < 0:
+    if isinstance(noise_std, bool) or not isinstance(noise_std, int | float) or not noise_std >= 0:  # NaN neither
         raise ValueError(f"noise_type {noise_type} needs a noise_std that is a number of 0 or more, not {noise_std!r}")
     return NOISES[noise_type](mean=np.zeros(action_dim), sigma=np.full(action_dim, float(noise_std)))
 

@@ -92,6 +92,8 @@ def test_noise_of_an_entry_is_put_on_every_dimension():
         (dict(noise_std=0.1), "noise_type must be normal or ornstein-uhlenbeck, not None"),
         (dict(noise_type="normal"), "needs a noise_std that is a number of 0 or more, not None"),
         (dict(noise_type="normal", noise_std=-1.0), "needs a noise_std that is a number of 0 or more, not -1.0"),
+        (dict(noise_type="normal", noise_std=float("nan")), "needs a noise_std that is a number of 0 or more, not nan"),
+        (dict(noise_type=["normal"], noise_std=0.1), "noise_type must be normal or ornstein-uhlenbeck, not .'normal'."),
     ],
 )
 def test_noise_that_can_not_be_made_is_refused(noise, message):
